@@ -1,0 +1,8 @@
+"""Bayesian low-rank adaptation with inducing-variable posteriors."""
+
+from bnn.adapter import SGPLoraConfig, SGPLoraModel, register
+from bnn.sampler import LiveSample, active_factors, sample
+
+register()
+
+__all__ = ["LiveSample", "SGPLoraConfig", "SGPLoraModel", "active_factors", "sample"]

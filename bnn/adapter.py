@@ -1,0 +1,201 @@
+"""SGP-LoRA as a PEFT method: configuration, tuner, registration. The only place, with ``bayesianize``, that uses PEFT.
+
+``SGPLoraModel`` lets PEFT build its LoRA layers and then puts an ``InducingFactor`` in the place of every ``lora_A`` and
+``lora_B``. Saving is structural: the factor's tensors are stored as ``...lora_A.<name>``, so PEFT's own save and load
+work. A process must ``import bnn`` before it loads such an adapter: PEFT knows the method by this registration.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bnn.inducing.posterior import FactorSpec, log_of_scaled_prior_sd
+from bnn.layers import InducingFactor
+
+
+class SGPLoraType(StrEnum):
+    """PEFT's own ``PeftType`` is a closed enum; its mappings only need a string with a ``value``."""
+
+    SGP_LORA = "SGP_LORA"
+
+
+@dataclass
+class SGPLoraConfig(LoraConfig):
+    """LoRA's configuration plus that of the posterior. Both factors of every target become random matrices."""
+
+    inducing_rows: int = field(default=9, metadata={"help": "m_r, rows of U"})
+    inducing_cols: int = field(default=9, metadata={"help": "m_c, columns of U"})
+    family: str = field(
+        default="diagonal", metadata={"help": "q(U): diagonal, matrix_normal, full or ensemble"}
+    )
+    members: int = field(default=1, metadata={"help": "point masses of an ensemble"})
+    flow_depth: int = field(
+        default=0, metadata={"help": "layers of the masked autoregressive flow on U; 0: none"}
+    )
+    flow_hidden: int = field(default=64, metadata={"help": "hidden width of the flow's networks"})
+    whitened: bool = field(default=True, metadata={"help": "q describes V (prior N(0, I)); False: U itself"})
+    conditional_noise: bool = field(
+        default=True, metadata={"help": "False: W is its conditional mean (no lambda)"}
+    )
+    prior_sd: float = field(default=0.3, metadata={"help": "prior standard deviation, before prior_scaling"})
+    prior_scaling: str = field(
+        default="width", metadata={"help": "width: / sqrt(max(d_out, d_in)); fan_in; none"}
+    )
+    learn_prior_sd: bool = field(default=True, metadata={"help": "learn sigma_p per factor (type-II ML)"})
+    lambda_init: float = field(default=0.1, metadata={"help": "initial lambda, in (0, lambda_max)"})
+    lambda_max: float = field(default=1.0, metadata={"help": "smooth upper bound of lambda"})
+    learn_lambda: bool = field(default=True, metadata={"help": "learn lambda per factor"})
+    q_sd: float = field(
+        default=0.5, metadata={"help": "initial standard deviation of q(V); the prior's is 1"}
+    )
+    d_init: float = field(default=0.3, metadata={"help": "initial D, relative to rows of Z of norm 1"})
+    d_init_zero: float = field(default=0.3, metadata={"help": "initial D_r of B, whose Z_r starts at 0"})
+    init_seed: int = field(
+        default=0, metadata={"help": "seed of the rows of Z that the initial mean leaves free"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SGPLoraType.SGP_LORA
+        unsupported = {
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "target_parameters": self.target_parameters,
+            "layer_replication": self.layer_replication,
+            "init_lora_weights": self.init_lora_weights if isinstance(self.init_lora_weights, str) else None,
+        }
+        for name, value in unsupported.items():
+            if value:
+                raise ValueError(
+                    f"SGP-LoRA does not support {name}={value!r}: remove it from the configuration"
+                )
+
+    def factor_spec(self, d_out: int, d_in: int) -> FactorSpec:
+        """Structure of a factor of shape (d_out, d_in)."""
+        return FactorSpec(
+            d_out=d_out,
+            d_in=d_in,
+            m_r=self.inducing_rows,
+            m_c=self.inducing_cols,
+            family=str(self.family),
+            members=self.members,
+            flow_depth=self.flow_depth,
+            flow_hidden=self.flow_hidden,
+            whitened=self.whitened,
+            lambda_max=self.lambda_max,
+            conditional_noise=self.conditional_noise,
+        )
+
+    def make_factor(self, weight: Tensor, zero_start: bool, generator: torch.Generator) -> InducingFactor:
+        """An ``InducingFactor`` that stands for ``weight`` (d_out, d_in), or starts at mean 0."""
+        d_out, d_in = weight.shape
+        return InducingFactor(
+            self.factor_spec(d_out, d_in),
+            None if zero_start else weight,
+            log_prior_sd=log_of_scaled_prior_sd(self.prior_sd, self.prior_scaling, d_out, d_in),
+            learn_prior_sd=self.learn_prior_sd,
+            lambda_init=self.lambda_init,
+            learn_lambda=self.learn_lambda and self.conditional_noise,
+            q_sd=self.q_sd,
+            d_init=self.d_init,
+            d_init_zero=self.d_init_zero,
+            generator=generator,
+        )
+
+
+class SGPLoraModel(LoraModel):
+    """PEFT tuner of SGP-LoRA: a ``LoraModel`` whose factors are ``InducingFactor`` modules."""
+
+    def _create_and_replace(
+        self,
+        lora_config: SGPLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+        if isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
+            raise ValueError(
+                f"SGP-LoRA adapts linear layers, but target {current_key!r} is {type(base).__name__}: "
+                "remove it from target_modules"
+            )
+        if target_name == "lm_head":
+            self._untie_head(base)
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+        )
+        layer = parent.get_submodule(target_name)
+        replace_factors(layer, adapter_name, lora_config, self.model)
+
+    def _untie_head(self, head: nn.Module) -> None:
+        """Give a tied output head its own copy of the weight, so that merging cannot corrupt the input embedding."""
+        embedding = self.model.get_input_embeddings()
+        if head.weight is embedding.weight and head.weight.device.type != "meta":
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            for config in {
+                id(c): c for c in (self.model.config, self.model.config.get_text_config())
+            }.values():
+                config.tie_word_embeddings = False
+
+    def _refuse_live_sample(self) -> None:
+        if any(isinstance(m, InducingFactor) and m.has_sample for m in self.modules()):
+            raise ValueError(
+                "posterior samples are live: leave bnn.sample before merging, which merges the mean"
+            )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge the posterior mean. Raises ValueError inside ``bnn.sample``."""
+        self._refuse_live_sample()
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._refuse_live_sample()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not defined for posteriors: merge plain LoRA adapters instead."""
+        raise NotImplementedError(
+            "add_weighted_adapter combines weights, not posteriors: export the means first"
+        )
+
+
+def replace_factors(
+    layer: LoraLayer, adapter_name: str, config: SGPLoraConfig, model: nn.Module, keep_b: bool = False
+) -> None:
+    """Put inducing factors in the place of ``layer``'s A and B.
+
+    Args:
+        layer: a LoRA layer of PEFT with plain A and B for ``adapter_name``.
+        adapter_name: which of its adapters.
+        config: the posterior's configuration.
+        model: the base model; its dtype is the compute dtype where the base weight is quantised.
+        keep_b: start B at the posterior mean B instead of LoRA's zero start.
+    """
+    base_weight = layer.get_base_layer().weight
+    dtype = base_weight.dtype if base_weight.dtype.is_floating_point else model.dtype
+    generator = torch.Generator().manual_seed(config.init_seed)
+    for side, zero_start in ((layer.lora_A, False), (layer.lora_B, not keep_b)):
+        old = side[adapter_name].weight
+        on_meta = old.device.type == "meta"
+        weight = torch.ones(old.shape) if on_meta else old
+        factor = config.make_factor(weight, zero_start, generator)
+        factor.compute_dtype = dtype
+        factor.requires_grad_(old.requires_grad)
+        side[adapter_name] = factor.to(old.device)
+
+
+def register() -> None:
+    """Make the method known to PEFT; idempotent."""
+    name = SGPLoraType.SGP_LORA
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = SGPLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = SGPLoraModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = LoraModel.prefix

@@ -1,0 +1,1 @@
+"""Inducing-variable posteriors over matrices: prior, families of q(U), flow, conditional, KL."""

@@ -1,0 +1,211 @@
+"""q(W) of one factor, or of n stacked factors of one shape: sample, mean and KL as functions of tensors.
+
+A *sample* is a weight tensor drawn once, before the forward pass, from explicit standard normal ``Noise``. All
+functions below take the tensors of n factors stacked along a leading dimension; one factor is n = 1, so the fast path
+and the plain path are the same code.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnn.inducing.conditional import conditional_mean, conditional_sample, noise_shapes
+from bnn.inducing.families import Family, make_family
+from bnn.inducing.flow import InducingFlow, apply_stacked
+from bnn.inducing.kl import LOG_2PI, conditional_kl, gaussian_kl, log_det_kronecker
+from bnn.inducing.prior import Frame, whiten
+
+FLOW_PREFIX = "flow."
+MEAN_DRAWS = 256
+"""Draws behind the posterior mean of a flow, which has no closed form (fixed noise: the mean is deterministic)."""
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """Structure of a factor: factors with equal specs are stacked and drawn together."""
+
+    d_out: int
+    d_in: int
+    m_r: int
+    m_c: int
+    family: str = "diagonal"
+    members: int = 1
+    flow_depth: int = 0
+    flow_hidden: int = 64
+    whitened: bool = True
+    lambda_max: float = 1.0
+    conditional_noise: bool = True
+    jitter: float = 1e-6
+
+    def make_family(self) -> Family:
+        """The family of q(U)."""
+        return make_family(self.family, self.members)
+
+
+class Noise(NamedTuple):
+    """Standard normal draws behind S samples of n factors; every field has leading dimensions (S, n)."""
+
+    eps: Tensor
+    """For q(U), (S, n, m_r, m_c)."""
+    E1: Tensor | None
+    """For the conditional, (S, n, d_out, d_in); with E2 and E3 None where the spec has no conditional noise."""
+    E2: Tensor | None
+    E3: Tensor | None
+
+
+class Draw(NamedTuple):
+    """S samples of n factors with what the KL needs."""
+
+    W: Tensor
+    """(S, n, d_out, d_in)."""
+    kl: Tensor
+    """KL[q(U) || p(U)] + KL[q(W | U) || p(W | U)], nats, (n,)."""
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def draw_noise(
+    spec: FactorSpec,
+    n: int,
+    samples: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+) -> Noise:
+    """Fresh noise for ``samples`` draws of ``n`` factors, in a fixed order, on the generator's device if given."""
+
+    def normal(shape: tuple[int, int]) -> Tensor:
+        source = device if generator is None else generator.device
+        return torch.randn(samples, n, *shape, generator=generator, device=source, dtype=dtype).to(device)
+
+    eps = normal((spec.m_r, spec.m_c))
+    if not spec.conditional_noise:
+        return Noise(eps, None, None, None)
+    return Noise(eps, *(normal(shape) for shape in noise_shapes(spec.d_out, spec.d_in, spec.m_r, spec.m_c)))
+
+
+def frames(spec: FactorSpec, tensors: Tensors) -> tuple[Frame, Frame]:
+    """Row and column frames of the inducing prior."""
+    rows = whiten(tensors["Z_r"], F.softplus(tensors["raw_D_r"]), spec.jitter)
+    cols = whiten(tensors["Z_c"], F.softplus(tensors["raw_D_c"]), spec.jitter)
+    return rows, cols
+
+
+def lambda_of(spec: FactorSpec, tensors: Tensors) -> Tensor:
+    """lambda = lambda_max * sigmoid(raw_lambda), (n,): bounded smoothly, so that its gradient never stops."""
+    return spec.lambda_max * torch.sigmoid(tensors["raw_lambda"])
+
+
+def prior_sd_of(tensors: Tensors) -> Tensor:
+    """sigma_p = exp(raw_prior_sd), the prior standard deviation of an entry of W, (n,)."""
+    return tensors["raw_prior_sd"].exp()
+
+
+def sample(spec: FactorSpec, tensors: Tensors, noise: Noise, flow: InducingFlow | None) -> Draw:
+    """Draw W = sigma_p (P_r^T V P_c + lambda * noise), V ~ q, and the KL to the prior.
+
+    Args:
+        spec: structure.
+        tensors: the factors' tensors, each stacked (n, ...).
+        noise: see ``draw_noise``.
+        flow: structure of the flow, or None.
+
+    Returns:
+        The ``Draw``; with a flow its KL is the average over the S samples of the one-sample estimate
+        log q_0(U_0) - log|det J| - log p(U), without one it is exact.
+    """
+    rows, cols = frames(spec, tensors)
+    Y, log_q = _inducing_sample(spec, tensors, noise.eps, flow)
+    V = _to_whitened(spec, tensors, Y, rows, cols)
+    lambda_ = lambda_of(spec, tensors)
+    if noise.E1 is None or noise.E2 is None or noise.E3 is None:
+        W = conditional_mean(V, rows, cols)
+        kl = torch.zeros_like(lambda_)
+    else:
+        W = conditional_sample(V, lambda_[:, None, None], noise.E1, noise.E2, noise.E3, rows, cols)
+        kl = conditional_kl(lambda_, spec.d_out, spec.d_in)
+    W = prior_sd_of(tensors)[:, None, None] * W
+    if log_q is None:
+        return Draw(W, kl + _closed_form_kl(spec, tensors, rows, cols))
+    log_p = -0.5 * (
+        V.square().sum((-2, -1)) + _log_det_prior(spec, rows, cols) + spec.m_r * spec.m_c * LOG_2PI
+    )
+    return Draw(W, kl + (log_q - log_p).mean(0))
+
+
+def mean(spec: FactorSpec, tensors: Tensors, flow: InducingFlow | None) -> Tensor:
+    """Posterior mean sigma_p P_r^T E[V] P_c, (n, d_out, d_in); with a flow E[V] averages ``MEAN_DRAWS`` fixed draws."""
+    rows, cols = frames(spec, tensors)
+    if flow is None:
+        Y = spec.make_family().mean(tensors)
+    else:
+        Z_r = tensors["Z_r"]
+        generator = torch.Generator().manual_seed(0)
+        shape = (MEAN_DRAWS // 2, len(Z_r), spec.m_r, spec.m_c)
+        half = torch.randn(shape, generator=generator, dtype=Z_r.dtype).to(Z_r.device)
+        Y = _inducing_sample(spec, tensors, torch.cat([half, -half]), flow)[0].mean(0)
+    V = _to_whitened(spec, tensors, Y, rows, cols)
+    return prior_sd_of(tensors)[:, None, None] * conditional_mean(V, rows, cols)
+
+
+def _inducing_sample(
+    spec: FactorSpec, tensors: Tensors, eps: Tensor, flow: InducingFlow | None
+) -> tuple[Tensor, Tensor | None]:
+    """U / unit, (S, n, m_r, m_c), and log q(U), (S, n), which only a flow needs (None without)."""
+    family = spec.make_family()
+    Y = family.sample(tensors, eps)
+    if flow is None:
+        return Y, None
+    log_q = family.log_prob(tensors, Y)
+    Y, log_det = apply_stacked(flow, _flow_tensors(tensors), Y)
+    if not family.point_mass:
+        log_q = log_q - log_det - spec.m_r * spec.m_c * tensors["unit"].log()
+    return Y, log_q
+
+
+def _closed_form_kl(spec: FactorSpec, tensors: Tensors, rows: Frame, cols: Frame) -> Tensor:
+    """KL[q(U) || p(U)] of U = unit * Y without a flow, nats, (n,)."""
+    family, unit = spec.make_family(), tensors["unit"]
+    entropy = family.entropy(tensors)
+    if not family.point_mass:
+        entropy = entropy + spec.m_r * spec.m_c * unit.log()
+    whitener = (None, None) if spec.whitened else (rows.L_inv, cols.L_inv)
+    energy = unit.square() * family.energy(tensors, *whitener)
+    return gaussian_kl(entropy, energy, _log_det_prior(spec, rows, cols), spec.m_r * spec.m_c)
+
+
+def _log_det_prior(spec: FactorSpec, rows: Frame, cols: Frame) -> Tensor:
+    """log det of the prior covariance of what q describes: V (identity) or U (K_c (x) K_r)."""
+    if spec.whitened:
+        return rows.L.new_zeros(())
+    return log_det_kronecker(rows.L, cols.L)
+
+
+def _to_whitened(spec: FactorSpec, tensors: Tensors, Y: Tensor, rows: Frame, cols: Frame) -> Tensor:
+    """V from Y = U / unit: V = U where q describes V, else V = L_r^{-1} U L_c^{-T}."""
+    U = tensors["unit"][:, None, None] * Y
+    return U if spec.whitened else rows.L_inv @ U @ cols.L_inv.mT
+
+
+def _flow_tensors(tensors: Tensors) -> dict[str, Tensor]:
+    return {name.removeprefix(FLOW_PREFIX): t for name, t in tensors.items() if name.startswith(FLOW_PREFIX)}
+
+
+def log_of_scaled_prior_sd(prior_sd: float, scaling: str, d_out: int, d_in: int) -> float:
+    """log sigma_p. ``width`` divides by sqrt(max(d_out, d_in)): the prior's spectral norm is then about ``prior_sd``.
+
+    Raises:
+        ValueError: for an unknown ``scaling`` or a ``prior_sd`` that is not positive.
+    """
+    if prior_sd <= 0:
+        raise ValueError(f"prior_sd is a standard deviation and must be positive, got {prior_sd}")
+    if scaling not in ("width", "fan_in", "none"):
+        raise ValueError(f"unknown prior_scaling {scaling!r}: choose width, fan_in or none")
+    width = {"width": max(d_out, d_in), "fan_in": d_in, "none": 1}[scaling]
+    return math.log(prior_sd) - 0.5 * math.log(width)

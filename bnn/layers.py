@@ -1,0 +1,214 @@
+"""``InducingFactor``: the module that stands where LoRA has ``lora_A`` or ``lora_B``."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnn.inducing import posterior
+from bnn.inducing.flow import InducingFlow
+from bnn.inducing.posterior import FLOW_PREFIX, FactorSpec
+from bnn.inducing.prior import Frame
+from bnn.linalg import inverse_softplus
+
+
+class InducingFactor(nn.Module):
+    """A random matrix W (d_out x d_in) with an inducing-variable posterior.
+
+    It owns the parameters (float32) Z_r (m_r, d_out), Z_c (m_c, d_in), raw_D_r, raw_D_c, raw_lambda, raw_prior_sd and those of
+    q(U), and the live sample, if any. Outside ``bnn.sample`` it computes with the posterior mean, in train and eval
+    mode alike; inside, with the S draws handed over by the sampler: of a batch of S*B rows, rows i*B to (i+1)*B use
+    draw i. A factor never draws anything itself. The draws are cast once to ``compute_dtype``, an attribute the adapter
+    sets to the dtype of the layer it adapts.
+
+    Args:
+        spec: structure of the factor.
+        weight: the initial posterior mean (d_out, d_in), reproduced within rounding when min(m_r, m_c) is at least
+            its rank; None for LoRA's zero start, mean exactly 0 with Z_r = 0 (see ``_zero_start``).
+        log_prior_sd: log sigma_p.
+        learn_prior_sd: learn sigma_p (type-II maximum likelihood) or hold it.
+        lambda_init: initial lambda, in (0, spec.lambda_max).
+        learn_lambda: learn lambda or hold it.
+        q_sd: initial standard deviation of q(V) (the prior's is 1).
+        d_init: initial D relative to rows of Z of norm 1. Small: P is nearly orthonormal; large: W is linear in Z.
+        d_init_zero: initial D_r on the zero-started side.
+        generator: for the rows of Z that ``weight`` leaves free.
+
+    Raises:
+        ValueError: for lambda_init outside (0, lambda_max), or sizes below 1.
+    """
+
+    def __init__(
+        self,
+        spec: FactorSpec,
+        weight: Tensor | None,
+        *,
+        log_prior_sd: float,
+        learn_prior_sd: bool,
+        lambda_init: float,
+        learn_lambda: bool,
+        q_sd: float,
+        d_init: float,
+        d_init_zero: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if min(spec.m_r, spec.m_c) < 1:
+            raise ValueError(f"inducing sizes must be at least 1, got {spec.m_r} x {spec.m_c}")
+        if not 0 < lambda_init < spec.lambda_max:
+            raise ValueError(f"lambda_init must lie in (0, lambda_max={spec.lambda_max}), got {lambda_init}")
+        self.spec = spec
+        self.in_features, self.out_features = spec.d_in, spec.d_out
+        self.bias = None
+        self.compute_dtype = torch.float32
+        self._own("raw_prior_sd", torch.tensor(float(log_prior_sd)), learn_prior_sd)
+        self._own("raw_lambda", torch.logit(torch.tensor(lambda_init / spec.lambda_max)), learn_lambda)
+        if weight is None or not weight.any():
+            initial = _zero_start(spec, d_init, d_init_zero, log_prior_sd, generator)
+        else:
+            initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
+        loc, unit = initial.pop("loc"), initial.pop("unit")
+        self.register_buffer("unit", unit)
+        for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
+            self._own(name, value, True)
+        self.flow = (
+            InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden) if spec.flow_depth else None
+        )
+        self._sample: Tensor | None = None
+        self._mean: tuple[tuple, Tensor] | None = None
+
+    def _own(self, name: str, value: Tensor, learned: bool) -> None:
+        if learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by name, as the functions of ``bnn.inducing.posterior`` want them, unstacked."""
+        own = {**self._parameters, **self._buffers}
+        if self.flow is not None:
+            own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_parameters()}
+            own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_buffers()}
+        return own
+
+    @property
+    def weight(self) -> Tensor:
+        """The live draws (S, d_out, d_in) inside ``bnn.sample``, else the posterior mean (d_out, d_in)."""
+        return self.mean_weight() if self._sample is None else self._sample
+
+    def mean_weight(self) -> Tensor:
+        """Posterior mean (d_out, d_in); cached until a tensor it depends on changes, when no gradient is wanted."""
+        tensors = self.tensors()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+            return posterior.mean(self.spec, _stack_one(tensors), self.flow)[0]
+        key = tuple((t.data_ptr(), t._version, t.device) for t in tensors.values())
+        if self._mean is None or self._mean[0] != key:
+            with torch.no_grad():
+                self._mean = (key, posterior.mean(self.spec, _stack_one(tensors), self.flow)[0])
+        return self._mean[1]
+
+    @property
+    def has_sample(self) -> bool:
+        """Whether draws are live."""
+        return self._sample is not None
+
+    def hold(self, W: Tensor | None) -> None:
+        """Make ``W`` (S, d_out, d_in) the live draws, or None to go back to the posterior mean."""
+        self._sample = W
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x for x (rows, ..., d_in), with the draws tiled over the rows inside ``bnn.sample``."""
+        W = self.weight
+        if W.dim() == 2:
+            return F.linear(x, W.to(x.dtype))
+        S = W.shape[0]
+        if x.shape[0] % S:
+            raise ValueError(
+                f"{S} posterior samples are live, but the batch has {x.shape[0]} rows: tile it to a multiple of {S}"
+            )
+        if S == 1:
+            return F.linear(x, W[0].to(x.dtype))
+        y = torch.bmm(x.reshape(S, -1, x.shape[-1]), W.to(x.dtype).mT)
+        return y.reshape(*x.shape[:-1], W.shape[-2])
+
+    def extra_repr(self) -> str:
+        """The structure, as printed in a model's summary."""
+        s = self.spec
+        return f"{s.d_in} -> {s.d_out}, inducing {s.m_r}x{s.m_c}, q={s.family}, flow={s.flow_depth}"
+
+
+def _stack_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t[None] for name, t in tensors.items()}
+
+
+def _unit_rows(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    """Random rows of expected norm 1."""
+    return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+
+def _zero_start(
+    spec: FactorSpec,
+    d_init: float,
+    d_init_zero: float,
+    log_prior_sd: float,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """LoRA's start for B: mean exactly 0 through Z_r = 0, with the gradient LoRA has.
+
+    With Z_r = 0 the mean is sigma_p Z_r^T (D_r^{-1} V P_c), linear in Z_r; V is chosen so that the bracket times
+    sigma_p has orthonormal columns, the identity on the first min(m_r, m_c, d_in): Z_r^T then moves exactly as LoRA's
+    B does. A start at V = 0 instead would leave Z_r without gradient.
+    """
+    k = min(spec.m_r, spec.m_c, spec.d_in)
+    Z_c = _unit_rows(spec.m_c, spec.d_in, generator)
+    Z_c[:k] = torch.eye(k, spec.d_in)
+    Z_c[k:] *= d_init
+    state = _with_D(spec, torch.zeros(spec.m_r, spec.d_out), Z_c, d_init_zero, d_init)
+    rows, cols = posterior.frames(spec, _stack_one(state))
+    target = torch.eye(spec.m_r, spec.d_in) * (torch.arange(spec.d_in) < k)
+    V = rows.L[0] @ target @ torch.linalg.pinv(cols.P[0]) * torch.exp(torch.tensor(-log_prior_sd))
+    return state | _located(spec, V, rows.L[0], cols.L[0])
+
+
+def _mean_start(
+    spec: FactorSpec, weight: Tensor, d_init: float, log_prior_sd: float, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """Z spans the leading singular directions of ``weight``; V solves P_r^T V P_c = weight / sigma_p."""
+    U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    U, S, Vh = U.float(), S.float(), Vh.float()
+    rank = int((S > S[0] * 1e-6).sum())
+    k = min(spec.m_r, spec.m_c, rank)
+    if k < rank:
+        error = float(S[k:].norm() / S.norm())
+        warnings.warn(
+            f"an inducing matrix of {spec.m_r} x {spec.m_c} cannot represent a weight of rank {rank}: "
+            f"relative error {error:.2g}; use inducing sizes >= {rank} to reproduce it",
+            stacklevel=3,
+        )
+    Z_r, Z_c = _unit_rows(spec.m_r, spec.d_out, generator), _unit_rows(spec.m_c, spec.d_in, generator)
+    Z_r[:k], Z_c[:k] = U[:, :k].mT, Vh[:k]
+    Z_r[k:] *= d_init
+    Z_c[k:] *= d_init
+    state = _with_D(spec, Z_r, Z_c, d_init, d_init)
+    rows, cols = (Frame(*(t[0].double() for t in f)) for f in posterior.frames(spec, _stack_one(state)))
+    target = (U[:, :k] * S[:k]) @ Vh[:k]
+    V = torch.linalg.pinv(rows.P.mT) @ target.double() @ torch.linalg.pinv(cols.P)
+    V = (V * torch.exp(torch.tensor(-log_prior_sd, dtype=torch.float64))).float()
+    return state | _located(spec, V, rows.L.float(), cols.L.float())
+
+
+def _with_D(spec: FactorSpec, Z_r: Tensor, Z_c: Tensor, d_r: float, d_c: float) -> dict[str, Tensor]:
+    return {
+        "Z_r": Z_r,
+        "Z_c": Z_c,
+        "raw_D_r": inverse_softplus(torch.full((spec.m_r,), d_r)),
+        "raw_D_c": inverse_softplus(torch.full((spec.m_c,), d_c)),
+    }
+
+
+def _located(spec: FactorSpec, V: Tensor, L_r: Tensor, L_c: Tensor) -> dict[str, Tensor]:
+    """Location and unit: q's parameters are kept in units in which the location is of order 1, whatever V's scale."""
+    U = V if spec.whitened else L_r @ V @ L_c.mT
+    unit = U.abs().max()
+    return {"loc": U / unit, "unit": unit}

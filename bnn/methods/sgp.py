@@ -1,0 +1,58 @@
+"""SGP-LoRA: inducing-variable posteriors over both LoRA factors (Lin et al., 2026)."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from bnn.adapter import SGPLoraConfig
+from bnn.methods.base import check_targets, trainable
+from bnn.sampler import LiveSample, sample
+
+SCALES = ("raw_sd", "raw_row", "raw_col", "raw_tril", "raw_lambda", "raw_prior_sd", "raw_D_r", "raw_D_c")
+"""Parameters on a log-like scale: spreads, lambda, sigma_p, D."""
+
+
+class SGP:
+    """Trains and predicts with samples of the SGP-LoRA posterior.
+
+    Args:
+        scale_lr_factor: learning rate of the scale parameters relative to that of Z and the location of q(U). They
+            live on a log-like scale and have far to go in the few hundred steps of a fine-tuning run.
+        posterior: arguments of ``SGPLoraConfig`` beyond LoRA's own.
+    """
+
+    stochastic = True
+
+    def __init__(self, scale_lr_factor: float, posterior: dict[str, Any]) -> None:
+        self.scale_lr_factor = scale_lr_factor
+        self.posterior = posterior
+
+    def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
+        """See ``Method.adapt``."""
+        check_targets(model, lora["target_modules"])
+        return get_peft_model(model, SGPLoraConfig(**lora, **self.posterior))
+
+    def sample(
+        self, model: nn.Module, n: int, generator: torch.Generator | None
+    ) -> AbstractContextManager[LiveSample]:
+        """See ``bnn.sample``."""
+        return sample(model, n, generator)
+
+    def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Z, q's location and the flow at ``lr``; scales at ``lr * scale_lr_factor``. The prior is the only decay.
+
+        Raises:
+            ValueError: for a weight decay, which would be a second prior on parameters that have one.
+        """
+        if weight_decay:
+            raise ValueError(
+                f"method=sgp has a prior: weight_decay={weight_decay} would be a second one, set it to 0"
+            )
+        scales, others = [], []
+        for name, parameter in trainable(model):
+            (scales if name.rsplit(".", 1)[-1] in SCALES else others).append(parameter)
+        groups = [{"params": others, "lr": lr}, {"params": scales, "lr": lr * self.scale_lr_factor}]
+        return [group | {"weight_decay": 0.0} for group in groups]

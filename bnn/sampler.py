@@ -1,0 +1,108 @@
+"""Draws every factor of a model at once, before the forward, and holds the draws until the context ends.
+
+Factors of equal structure are stacked, so that the whole model costs a handful of batched operations; nothing here
+waits for the device.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bnn.inducing import posterior
+from bnn.inducing.posterior import Draw, FactorSpec, Noise
+from bnn.layers import InducingFactor
+
+
+class LiveSample:
+    """What ``bnn.sample`` yields: the number of draws, and the KL that belongs to them."""
+
+    def __init__(self, n: int, kls: list[Tensor]) -> None:
+        self.n = n
+        self._kls = kls
+
+    def kl(self) -> Tensor:
+        """KL[q || p] summed over all factors drawn, nats, a scalar with gradient."""
+        return torch.cat(self._kls).sum()
+
+
+def active_factors(model: nn.Module) -> list[InducingFactor]:
+    """The factors of the active adapters, in the order of the model's modules.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    factors = []
+    for module in model.modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            for side in (module.lora_A, module.lora_B):
+                chosen = (side[name] for name in module.active_adapters if name in side)
+                factors.extend(f for f in chosen if isinstance(f, InducingFactor))
+    if not factors:
+        raise ValueError(
+            "the model has no active SGP-LoRA factor: adapt it with get_peft_model(model, SGPLoraConfig(...)) "
+            "or activate its adapter with set_adapter"
+        )
+    return factors
+
+
+def group_by_spec(
+    factors: list[InducingFactor],
+) -> dict[tuple[FactorSpec, torch.device], list[InducingFactor]]:
+    """Factors that can be stacked: equal structure, one device. The order is that of first appearance."""
+    groups = defaultdict(list)
+    for factor in factors:
+        groups[factor.spec, factor.unit.device].append(factor)
+    return dict(groups)
+
+
+def stack_tensors(factors: list[InducingFactor]) -> dict[str, Tensor]:
+    """Tensors of n factors of one structure, each stacked to (n, ...)."""
+    per_factor = [factor.tensors() for factor in factors]
+    return {name: torch.stack([t[name] for t in per_factor]) for name in per_factor[0]}
+
+
+def draw_group(factors: list[InducingFactor], noise: Noise) -> Draw:
+    """Draw factors of one structure from explicit noise with leading dimensions (S, n)."""
+    return posterior.sample(factors[0].spec, stack_tensors(factors), noise, factors[0].flow)
+
+
+@contextmanager
+def sample(model: nn.Module, n: int = 1, generator: torch.Generator | None = None) -> Iterator[LiveSample]:
+    """Hold ``n`` posterior draws of every active factor while the context is open.
+
+    Inside, a batch of n*B rows uses draw i for rows i*B to (i+1)*B (with n = 1, one draw for every row). The draws are
+    made here and nowhere else, so recomputation under gradient checkpointing sees them again; run backward before
+    the context ends. One backward per context: draw anew for every micro-batch.
+
+    Args:
+        model: a PEFT model with SGP-LoRA adapters.
+        n: number of draws, >= 1.
+        generator: source of randomness; the global one of the device if None.
+
+    Yields:
+        A ``LiveSample``; its ``kl()`` is the KL term of the objective.
+
+    Raises:
+        ValueError: for n < 1, no active factor, or a context that is already open.
+    """
+    if n < 1:
+        raise ValueError(f"the number of posterior samples must be at least 1, got {n}")
+    factors = active_factors(model)
+    if any(factor.has_sample for factor in factors):
+        raise ValueError("posterior samples are already live: leave the outer bnn.sample context first")
+    kls = []
+    try:
+        for (spec, device), group in group_by_spec(factors).items():
+            noise = posterior.draw_noise(spec, len(group), n, device, generator, group[0].unit.dtype)
+            draw = draw_group(group, noise)
+            kls.append(draw.kl)
+            weights = draw.W.to(group[0].compute_dtype).unbind(dim=1)
+            for factor, W in zip(group, weights, strict=True):
+                factor.hold(W)
+        yield LiveSample(n, kls)
+    finally:
+        for factor in factors:
+            factor.hold(None)
