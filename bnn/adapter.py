@@ -1,6 +1,6 @@
-"""SGP-LoRA as a PEFT method: configuration, tuner, registration. The only place, with ``bayesianize``, that uses PEFT.
+"""SGP-LoRA as a PEFT method: configuration, tuner, registration.
 
-``SGPLoraModel`` lets PEFT build its LoRA layers and then puts an ``InducingFactor`` in the place of every ``lora_A`` and
+``SGPLoraModel`` lets PEFT build its LoRA layers, then puts an ``InducingFactor`` in the place of every ``lora_A`` and
 ``lora_B``. Saving is structural: the factor's tensors are stored as ``...lora_A.<name>``, so PEFT's own save and load
 work. A process must ``import bnn`` before it loads such an adapter: PEFT knows the method by this registration.
 """
@@ -31,34 +31,22 @@ class SGPLoraConfig(LoraConfig):
 
     inducing_rows: int = field(default=9, metadata={"help": "m_r, rows of U"})
     inducing_cols: int = field(default=9, metadata={"help": "m_c, columns of U"})
-    family: str = field(
-        default="diagonal", metadata={"help": "q(U): diagonal, matrix_normal, full or ensemble"}
-    )
+    family: str = field(default="diagonal", metadata={"help": "q(U): diagonal, matrix_normal, full or ensemble"})
     members: int = field(default=1, metadata={"help": "point masses of an ensemble"})
-    flow_depth: int = field(
-        default=0, metadata={"help": "layers of the masked autoregressive flow on U; 0: none"}
-    )
+    flow_depth: int = field(default=0, metadata={"help": "layers of the masked autoregressive flow on U; 0: none"})
     flow_hidden: int = field(default=64, metadata={"help": "hidden width of the flow's networks"})
     whitened: bool = field(default=True, metadata={"help": "q describes V (prior N(0, I)); False: U itself"})
-    conditional_noise: bool = field(
-        default=True, metadata={"help": "False: W is its conditional mean (no lambda)"}
-    )
+    conditional_noise: bool = field(default=True, metadata={"help": "False: W is its conditional mean (no lambda)"})
     prior_sd: float = field(default=0.3, metadata={"help": "prior standard deviation, before prior_scaling"})
-    prior_scaling: str = field(
-        default="width", metadata={"help": "width: / sqrt(max(d_out, d_in)); fan_in; none"}
-    )
+    prior_scaling: str = field(default="width", metadata={"help": "width: / sqrt(max(d_out, d_in)); fan_in; none"})
     learn_prior_sd: bool = field(default=True, metadata={"help": "learn sigma_p per factor (type-II ML)"})
     lambda_init: float = field(default=0.1, metadata={"help": "initial lambda, in (0, lambda_max)"})
     lambda_max: float = field(default=1.0, metadata={"help": "smooth upper bound of lambda"})
     learn_lambda: bool = field(default=True, metadata={"help": "learn lambda per factor"})
-    q_sd: float = field(
-        default=0.5, metadata={"help": "initial standard deviation of q(V); the prior's is 1"}
-    )
+    q_sd: float = field(default=0.5, metadata={"help": "initial standard deviation of q(V); the prior's is 1"})
     d_init: float = field(default=0.3, metadata={"help": "initial D, relative to rows of Z of norm 1"})
     d_init_zero: float = field(default=0.3, metadata={"help": "initial D_r of B, whose Z_r starts at 0"})
-    init_seed: int = field(
-        default=0, metadata={"help": "seed of the rows of Z that the initial mean leaves free"}
-    )
+    init_seed: int = field(default=0, metadata={"help": "seed of the rows of Z that the initial mean leaves free"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,9 +60,7 @@ class SGPLoraConfig(LoraConfig):
         }
         for name, value in unsupported.items():
             if value:
-                raise ValueError(
-                    f"SGP-LoRA does not support {name}={value!r}: remove it from the configuration"
-                )
+                raise ValueError(f"SGP-LoRA does not support {name}={value!r}: remove it from the configuration")
 
     def factor_spec(self, d_out: int, d_in: int) -> FactorSpec:
         """Structure of a factor of shape (d_out, d_in)."""
@@ -130,9 +116,7 @@ class SGPLoraModel(LoraModel):
             )
         if target_name == "lm_head":
             self._untie_head(base)
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
-        )
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
         replace_factors(layer, adapter_name, lora_config, self.model)
 
@@ -141,16 +125,12 @@ class SGPLoraModel(LoraModel):
         embedding = self.model.get_input_embeddings()
         if head.weight is embedding.weight and head.weight.device.type != "meta":
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-            for config in {
-                id(c): c for c in (self.model.config, self.model.config.get_text_config())
-            }.values():
+            for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
 
     def _refuse_live_sample(self) -> None:
         if any(isinstance(m, InducingFactor) and m.has_sample for m in self.modules()):
-            raise ValueError(
-                "posterior samples are live: leave bnn.sample before merging, which merges the mean"
-            )
+            raise ValueError("posterior samples are live: leave bnn.sample before merging, which merges the mean")
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge the posterior mean. Raises ValueError inside ``bnn.sample``."""
@@ -163,9 +143,7 @@ class SGPLoraModel(LoraModel):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not defined for posteriors: merge plain LoRA adapters instead."""
-        raise NotImplementedError(
-            "add_weighted_adapter combines weights, not posteriors: export the means first"
-        )
+        raise NotImplementedError("add_weighted_adapter combines weights, not posteriors: export the means first")
 
 
 def replace_factors(

@@ -16,8 +16,8 @@ from bnn.linalg import inverse_softplus
 class InducingFactor(nn.Module):
     """A random matrix W (d_out x d_in) with an inducing-variable posterior.
 
-    It owns the parameters (float32) Z_r (m_r, d_out), Z_c (m_c, d_in), raw_D_r, raw_D_c, raw_lambda, raw_prior_sd and those of
-    q(U), and the live sample, if any. Outside ``bnn.sample`` it computes with the posterior mean, in train and eval
+    It owns the parameters (float32) Z_r (m_r, d_out), Z_c (m_c, d_in), raw_D_r, raw_D_c, raw_lambda, raw_prior_sd and
+    those of q(U), and the live sample, if any. Outside ``bnn.sample`` it computes with the posterior mean, in train and eval
     mode alike; inside, with the S draws handed over by the sampler: of a batch of S*B rows, rows i*B to (i+1)*B use
     draw i. A factor never draws anything itself. The draws are cast once to ``compute_dtype``, an attribute the adapter
     sets to the dtype of the layer it adapts.
@@ -72,9 +72,7 @@ class InducingFactor(nn.Module):
         self.register_buffer("unit", unit)
         for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
             self._own(name, value, True)
-        self.flow = (
-            InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden) if spec.flow_depth else None
-        )
+        self.flow = InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden) if spec.flow_depth else None
         self._sample: Tensor | None = None
         self._mean: tuple[tuple, Tensor] | None = None
 
@@ -164,7 +162,7 @@ def _zero_start(
     Z_c = _unit_rows(spec.m_c, spec.d_in, generator)
     Z_c[:k] = torch.eye(k, spec.d_in)
     Z_c[k:] *= d_init
-    state = _with_D(spec, torch.zeros(spec.m_r, spec.d_out), Z_c, d_init_zero, d_init)
+    state = _frame_parameters(spec, torch.zeros(spec.m_r, spec.d_out), Z_c, d_init_zero, d_init)
     rows, cols = posterior.frames(spec, _stack_one(state))
     target = torch.eye(spec.m_r, spec.d_in) * (torch.arange(spec.d_in) < k)
     V = rows.L[0] @ target @ torch.linalg.pinv(cols.P[0]) * torch.exp(torch.tensor(-log_prior_sd))
@@ -177,7 +175,7 @@ def _mean_start(
     """Z spans the leading singular directions of ``weight``; V solves P_r^T V P_c = weight / sigma_p."""
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     U, S, Vh = U.float(), S.float(), Vh.float()
-    rank = int((S > S[0] * 1e-6).sum())
+    rank = int((S[0] * 1e-6 < S).sum())
     k = min(spec.m_r, spec.m_c, rank)
     if k < rank:
         error = float(S[k:].norm() / S.norm())
@@ -190,7 +188,7 @@ def _mean_start(
     Z_r[:k], Z_c[:k] = U[:, :k].mT, Vh[:k]
     Z_r[k:] *= d_init
     Z_c[k:] *= d_init
-    state = _with_D(spec, Z_r, Z_c, d_init, d_init)
+    state = _frame_parameters(spec, Z_r, Z_c, d_init, d_init)
     rows, cols = (Frame(*(t[0].double() for t in f)) for f in posterior.frames(spec, _stack_one(state)))
     target = (U[:, :k] * S[:k]) @ Vh[:k]
     V = torch.linalg.pinv(rows.P.mT) @ target.double() @ torch.linalg.pinv(cols.P)
@@ -198,7 +196,7 @@ def _mean_start(
     return state | _located(spec, V, rows.L.float(), cols.L.float())
 
 
-def _with_D(spec: FactorSpec, Z_r: Tensor, Z_c: Tensor, d_r: float, d_c: float) -> dict[str, Tensor]:
+def _frame_parameters(spec: FactorSpec, Z_r: Tensor, Z_c: Tensor, d_r: float, d_c: float) -> dict[str, Tensor]:
     return {
         "Z_r": Z_r,
         "Z_c": Z_c,

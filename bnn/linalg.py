@@ -29,9 +29,7 @@ def safe_cholesky(K: Tensor, jitter: float = 1e-6) -> Tensor:
     if K.shape[-1] != K.shape[-2]:
         raise ValueError(f"safe_cholesky expects square matrices, got shape {tuple(K.shape)}")
     if K.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"safe_cholesky needs float32 or float64, got {K.dtype}: convert before the factorisation"
-        )
+        raise ValueError(f"safe_cholesky needs float32 or float64, got {K.dtype}: convert before the factorisation")
     scale = K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     L, info = torch.linalg.cholesky_ex(K + jitter * scale * eye)

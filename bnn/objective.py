@@ -55,8 +55,4 @@ def learning_rate_at(step: int, total_steps: int, warmup_steps: int, schedule: s
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if schedule == "constant":
         return 1.0
-    return (
-        max(0.0, 1.0 - progress)
-        if schedule == "linear"
-        else 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    )
+    return max(0.0, 1.0 - progress) if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -75,7 +75,8 @@ def sample(model: nn.Module, n: int = 1, generator: torch.Generator | None = Non
 
     Inside, a batch of n*B rows uses draw i for rows i*B to (i+1)*B (with n = 1, one draw for every row). The draws are
     made here and nowhere else, so recomputation under gradient checkpointing sees them again; run backward before
-    the context ends. One backward per context: draw anew for every micro-batch.
+    the context ends. One backward per context: draw anew for every micro-batch. Noise is drawn sample by sample, so
+    n draws at once are the same as n draws of one, and results do not depend on how samples are split over forwards.
 
     Args:
         model: a PEFT model with SGP-LoRA adapters.
@@ -93,11 +94,16 @@ def sample(model: nn.Module, n: int = 1, generator: torch.Generator | None = Non
     factors = active_factors(model)
     if any(factor.has_sample for factor in factors):
         raise ValueError("posterior samples are already live: leave the outer bnn.sample context first")
+    groups = group_by_spec(factors)
+    per_sample = [
+        [posterior.draw_noise(spec, len(group), 1, device, generator, group[0].unit.dtype)
+         for (spec, device), group in groups.items()]
+        for _ in range(n)
+    ]
     kls = []
     try:
-        for (spec, device), group in group_by_spec(factors).items():
-            noise = posterior.draw_noise(spec, len(group), n, device, generator, group[0].unit.dtype)
-            draw = draw_group(group, noise)
+        for group, noises in zip(groups.values(), zip(*per_sample, strict=True), strict=True):
+            draw = draw_group(group, posterior.concatenate_noise(noises))
             kls.append(draw.kl)
             weights = draw.W.to(group[0].compute_dtype).unbind(dim=1)
             for factor, W in zip(group, weights, strict=True):

@@ -6,7 +6,7 @@ and the plain path are the same code.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,6 +90,13 @@ def draw_noise(
     return Noise(eps, *(normal(shape) for shape in noise_shapes(spec.d_out, spec.d_in, spec.m_r, spec.m_c)))
 
 
+def concatenate_noise(noises: Sequence[Noise]) -> Noise:
+    """Join draws along the sample dimension."""
+    if len(noises) == 1:
+        return noises[0]
+    return Noise(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*noises, strict=True)))
+
+
 def frames(spec: FactorSpec, tensors: Tensors) -> tuple[Frame, Frame]:
     """Row and column frames of the inducing prior."""
     rows = whiten(tensors["Z_r"], F.softplus(tensors["raw_D_r"]), spec.jitter)
@@ -133,9 +140,7 @@ def sample(spec: FactorSpec, tensors: Tensors, noise: Noise, flow: InducingFlow 
     W = prior_sd_of(tensors)[:, None, None] * W
     if log_q is None:
         return Draw(W, kl + _closed_form_kl(spec, tensors, rows, cols))
-    log_p = -0.5 * (
-        V.square().sum((-2, -1)) + _log_det_prior(spec, rows, cols) + spec.m_r * spec.m_c * LOG_2PI
-    )
+    log_p = -0.5 * (V.square().sum((-2, -1)) + _log_det_prior(spec, rows, cols) + spec.m_r * spec.m_c * LOG_2PI)
     return Draw(W, kl + (log_q - log_p).mean(0))
 
 

@@ -25,9 +25,7 @@ class Method(Protocol):
         """Add the method's adapter; ``lora`` holds LoraConfig's arguments (r, lora_alpha, target_modules, ...)."""
         ...
 
-    def sample(
-        self, model: nn.Module, n: int, generator: torch.Generator | None
-    ) -> AbstractContextManager[Sample]:
+    def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> AbstractContextManager[Sample]:
         """Context in which a batch of n*B rows uses draw i for rows i*B to (i+1)*B."""
         ...
 

@@ -35,9 +35,7 @@ class SGP:
         check_targets(model, lora["target_modules"])
         return get_peft_model(model, SGPLoraConfig(**lora, **self.posterior))
 
-    def sample(
-        self, model: nn.Module, n: int, generator: torch.Generator | None
-    ) -> AbstractContextManager[LiveSample]:
+    def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> AbstractContextManager[LiveSample]:
         """See ``bnn.sample``."""
         return sample(model, n, generator)
 
@@ -48,9 +46,7 @@ class SGP:
             ValueError: for a weight decay, which would be a second prior on parameters that have one.
         """
         if weight_decay:
-            raise ValueError(
-                f"method=sgp has a prior: weight_decay={weight_decay} would be a second one, set it to 0"
-            )
+            raise ValueError(f"method=sgp has a prior: weight_decay={weight_decay} would be a second one, set it to 0")
         scales, others = [], []
         for name, parameter in trainable(model):
             (scales if name.rsplit(".", 1)[-1] in SCALES else others).append(parameter)

@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from utils.llm import LLMLoadError, cache
+
+SAVED = b"x" * 100
+
+
+def write_gguf(scratch: Path) -> Path:
+    path = scratch / "some.gguf"
+    path.write_bytes(b"gguf")
+    return path
+
+
+def pretended_conversion(gguf: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(SAVED)
+
+
+def crash_half_way(gguf: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def target(tmp_path):
+    return cache.cache_folder(tmp_path / "cache", "org/model")
+
+
+def test_folder_name_is_safe(tmp_path):
+    assert cache.cache_folder(tmp_path, "org/model") == tmp_path / "org--model"
+
+
+def test_crash_leaves_nothing_and_the_next_call_redoes(target, weights, monkeypatch):
+    monkeypatch.setattr(cache, "convert_gguf", crash_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill_cache(target, weights, write_gguf)
+    assert list(target.parent.iterdir()) == []
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    cache.fill_cache(target, weights, write_gguf)
+    assert cache.is_whole(target, weights.sha256)
+    assert [path.name for path in target.parent.iterdir()] == ["org--model"]
+
+
+def test_half_written_folder_is_not_whole_and_is_replaced(target, weights, monkeypatch):
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    pretended_conversion(target, _made(target))
+    assert not cache.is_whole(target, weights.sha256)
+    cache.fill_cache(target, weights, write_gguf)
+    assert cache.is_whole(target, weights.sha256)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+def test_damage_is_seen(target, weights, monkeypatch, damage):
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    cache.fill_cache(target, weights, write_gguf)
+    if damage == "truncate":
+        (target / "model.safetensors").write_bytes(SAVED[:-1])
+    elif damage == "delete":
+        (target / "config.json").unlink()
+    else:
+        (target / cache.MANIFEST).write_text("{")
+    assert not cache.is_whole(target, weights.sha256)
+
+
+def test_other_weights_are_not_taken_for_these(target, weights, monkeypatch):
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    cache.fill_cache(target, weights, write_gguf)
+    assert not cache.is_whole(target, "0" * 64)
+
+
+def test_a_faster_process_wins(target, weights, monkeypatch):
+    def convert_while_another_finishes(gguf: Path, folder: Path) -> None:
+        pretended_conversion(gguf, folder)
+        pretended_conversion(gguf, target)
+        sizes = {path.name: path.stat().st_size for path in target.iterdir()}
+        manifest = {"sha256": weights.sha256, "bytes": sizes, "packages": ["the other process"]}
+        (target / cache.MANIFEST).write_text(json.dumps(manifest))
+
+    monkeypatch.setattr(cache, "convert_gguf", convert_while_another_finishes)
+    cache.fill_cache(target, weights, write_gguf)
+    assert cache.is_whole(target, weights.sha256)
+    assert "the other process" in (target / cache.MANIFEST).read_text()
+    assert [path.name for path in target.parent.iterdir()] == ["org--model"]
+
+
+def test_a_full_disk_is_told_before_starting(target, weights, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+
+    def never(_: Path) -> Path:
+        raise AssertionError("started")
+
+    with pytest.raises(LLMLoadError, match=r"0\.0 GB free and the model needs 0\.001 GB"):
+        cache.fill_cache(target, weights, never)
+
+
+def _made(target: Path) -> Path:
+    target.parent.mkdir(parents=True)
+    return target

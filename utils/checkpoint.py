@@ -1,0 +1,158 @@
+"""A resumable checkpoint in `<run_dir>/checkpoint/`, written atomically and verified when read.
+
+The file is one header line, `bayesian-lora-checkpoint <version> <sha256 of the rest>`, and then what
+`torch.save` wrote, restricted to what `torch.load(weights_only=True)` reads.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.run import check_disk, open_atomic
+
+FOLDER = "checkpoint"
+FILE = "state.pt"
+MAGIC = "bayesian-lora-checkpoint"
+VERSION = 1
+START_AFRESH = "delete the folder to start afresh"
+
+
+def save_checkpoint(run_dir: str | Path, state: Mapping[str, Any]) -> None:
+    """Replace the checkpoint of a run; a kill at any moment leaves the previous one whole.
+
+    Args:
+        run_dir: Folder of the run.
+        state: Everything needed to continue: `parameters` (name -> trainable tensor), `optimizer` and
+            `scheduler` (their state_dict), `step`, `epoch`, `batch` (position), `rng` (from `capture_rng`),
+            `best` (best metric so far) and `fingerprint` (config keys that must agree on resuming; required).
+
+    Raises:
+        KeyError: If there is no `fingerprint`.
+        TypeError: If a value is neither plain data nor a tensor or numpy array; the message names its key.
+        OSError: If the disk is too full.
+    """
+    if "fingerprint" not in state:
+        raise KeyError("a checkpoint needs the key 'fingerprint': the config keys that must agree on resuming")
+    buffer = io.BytesIO()
+    torch.save(_plain(state, "state"), buffer)
+    payload = buffer.getbuffer()
+    path = Path(run_dir) / FOLDER / FILE
+    check_disk(path, len(payload))
+    with open_atomic(path) as file:
+        file.write(f"{MAGIC} {VERSION} {hashlib.sha256(payload).hexdigest()}\n".encode())
+        file.write(payload)
+
+
+def load_checkpoint(run_dir: str | Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the checkpoint of a run onto the CPU.
+
+    Args:
+        run_dir: Folder of the run.
+        fingerprint: The present config's values of the keys that must agree.
+
+    Returns:
+        The state that was saved, or None if there is no checkpoint.
+
+    Raises:
+        ValueError: If the file is no checkpoint, of another version, damaged, or of another config; the
+            message names the file, the key and the remedy.
+    """
+    path = Path(run_dir) / FOLDER / FILE
+    if not path.exists():
+        return None
+    header, _, payload = path.read_bytes().partition(b"\n")
+    magic, version, checksum = (*header.decode("utf-8", "replace").split(" "), "", "")[:3]
+    if magic != MAGIC:
+        raise ValueError(f"{path} is no checkpoint of this program (no {MAGIC} header): {START_AFRESH}")
+    if version != str(VERSION):
+        raise ValueError(f"{path} has checkpoint version {version}, this program reads {VERSION}: {START_AFRESH}")
+    if hashlib.sha256(payload).hexdigest() != checksum:
+        raise ValueError(f"{path} is damaged or cut short (checksum differs): {START_AFRESH}")
+    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    _check_fingerprint(path, _flat(state["fingerprint"]), _flat(_plain(fingerprint, "fingerprint")))
+    return state
+
+
+def capture_rng(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    """State of the global generators of python, numpy and torch (CPU, CUDA) and of the named ones."""
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": {**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+    }
+
+
+def restore_rng(state: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
+    """Put back what `capture_rng` returned; every generator then draws what it would have drawn next.
+
+    Raises:
+        ValueError: If the named generators or the number of CUDA devices do not fit the state.
+    """
+    if set(state["generators"]) != set(generators):
+        saved, given = sorted(state["generators"]), sorted(generators)
+        raise ValueError(f"the checkpoint has generators {saved}, this run {given}: resume with the same program")
+    if len(state["cuda"]) > torch.cuda.device_count():
+        devices = f"{len(state['cuda'])} CUDA devices, this process sees {torch.cuda.device_count()}"
+        raise ValueError(f"the checkpoint has the RNG states of {devices}: resume where as many are visible")
+    for name, generator in generators.items():
+        if generator.get_state().shape != state["generators"][name].shape:
+            raise ValueError(f"generator {name!r} was saved on another device type than {generator.device}")
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy_state = state["numpy"]
+    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(state["torch"])
+    for index, device_state in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(device_state, index)
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name])
+
+
+def _plain(value: Any, key: str) -> Any:
+    """Copy nested data with tensors detached on the CPU and numpy values made plain; `key` is for errors."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()  # a view would be saved with its whole storage
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{key}[{index}]") for index, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(
+        f"{key} is a {type(value).__name__}: a checkpoint holds only tensors, numbers, strings, lists, dicts"
+    )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        nested = isinstance(item, Mapping)
+        flat |= _flat(item, f"{prefix}{name}.") if nested else {f"{prefix}{name}": item}
+    return flat
+
+
+def _check_fingerprint(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first key whose value differs."""
+    for key in sorted(saved.keys() | given.keys()):
+        before, now = saved.get(key, "absent"), given.get(key, "absent")
+        if before != now:
+            raise ValueError(
+                f"{path} belongs to another config: {key} is {before!r} there and {now!r} now; "
+                f"set {key} back, or use another run folder, or {START_AFRESH}"
+            )

@@ -1,0 +1,1 @@
+"""Data sets, prompts, encoding and choice scoring."""

@@ -1,0 +1,159 @@
+"""Encoder: from examples to token ids, with every check that can be made before a model is run."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from utils.data.batch import Batch
+from utils.data.example import Choice, DataError, Example, near_matches
+from utils.data.pack import Encoded, pack
+
+logger = logging.getLogger(__name__)
+
+SCORINGS = ("label", "choice_sum", "choice_mean")
+
+
+class Encoder:
+    """Encodes examples for one tokenizer and one kind of scoring.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        scoring: `label` (every choice is a single token), `choice_sum` or `choice_mean` (log-likelihood of
+            the choice's text, summed or averaged over its tokens).
+        max_length: Limit on the packed length of an example, in tokens.
+        too_long: `error` or `drop`: what `check` does with longer examples.
+
+    Raises:
+        DataError: If `scoring`, `max_length` or `too_long` is not valid.
+    """
+
+    def __init__(self, tokenizer: Any, scoring: str, max_length: int, too_long: str = "error") -> None:
+        if scoring not in SCORINGS:
+            raise DataError(f"unknown scoring {scoring!r}; {near_matches(scoring, SCORINGS)}")
+        if too_long not in ("error", "drop"):
+            raise DataError(f"too_long is {too_long!r}; it must be error or drop")
+        if max_length < 1:
+            raise DataError(f"max_length is {max_length}; it must be at least 1 token")
+        self.tokenizer = tokenizer
+        self.scoring = scoring
+        self.max_length = max_length
+        self.too_long = too_long
+        self._cache: dict[Example, Encoded] = {}
+        bos = tokenizer.bos_token_id
+        first = tokenizer("a")["input_ids"][:1]
+        self._bos = [bos] if bos is not None and first == [bos] else []
+        special = (tokenizer.pad_token_id, tokenizer.eos_token_id, bos)
+        self._pad = next((token for token in special if token is not None), 0)
+
+    def encode(self, example: Example) -> Encoded:
+        """Token ids of one example, cached.
+
+        A choice is what encoding prompt + choice adds to encoding the prompt, where the latter is a prefix
+        of the former (so leading blanks come out right with every tokenizer), else encoded by itself.
+        """
+        if example not in self._cache:
+            self._cache[example] = self._encode(example)
+        return self._cache[example]
+
+    def _encode(self, example: Example) -> Encoded:
+        stems = [example.prompt + choice.context for choice in example.choices]
+        whole = [stem + choice.text for stem, choice in zip(stems, example.choices, strict=True)]
+        prompt, *rest = self._ids([example.prompt, *stems, *whole])
+        n = len(example.choices)
+        choices, unscored = [], []
+        for choice, stem_ids, whole_ids in zip(example.choices, rest[:n], rest[n:], strict=True):
+            context, text = self._split(prompt, stem_ids, whole_ids, choice)
+            if not text:
+                raise DataError(f"example {example.id!r}: choice {choice.text!r} has no tokens")
+            choices.append(context + text)
+            unscored.append(len(context))
+        has_bos = bool(self._bos) and prompt[:1] == self._bos
+        prompt = prompt if has_bos else self._bos + prompt
+        return Encoded(prompt or [self._pad], choices, unscored)  # an empty prompt needs one token to predict from
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _split(
+        self, prompt: list[int], stem: list[int], whole: list[int], choice: Choice
+    ) -> tuple[list[int], list[int]]:
+        if stem[: len(prompt)] == prompt and whole[: len(stem)] == stem:
+            return stem[len(prompt) :], whole[len(stem) :]
+        context, text = self._ids([choice.context, choice.text])
+        return context, text
+
+    def length(self, example: Example) -> int:
+        """Packed length of one example in tokens."""
+        return self.encode(example).length
+
+    def check(self, examples: Sequence[Example], position_limit: int | None = None) -> list[Example]:
+        """Check examples before any model work.
+
+        Args:
+            examples: The examples of one split.
+            position_limit: Positions the model can take (see `model_limits.position_limit`); None for any.
+
+        Returns:
+            The examples to use: all of them, or with `too_long="drop"` those which fit (the number dropped
+            is logged as a warning).
+
+        Raises:
+            DataError: On a label that is not one token, labels that share a token, or an example longer than
+                a limit (with `too_long="error"`).
+        """
+        kept = []
+        for example in examples:
+            encoded = self.encode(example)
+            if self.scoring == "label":
+                self._check_labels(example, encoded)
+            reason = self._too_long(encoded, position_limit)
+            if reason is None:
+                kept.append(example)
+            elif self.too_long == "error":
+                raise DataError(f"example {example.id!r} is too long: {reason}, or set dset.too_long=drop")
+        if len(kept) < len(examples):
+            logger.warning("dropped %d of %d examples as too long", len(examples) - len(kept), len(examples))
+        return kept
+
+    def _too_long(self, encoded: Encoded, position_limit: int | None) -> str | None:
+        if encoded.length > self.max_length:
+            return f"{encoded.length} tokens, limit {self.max_length}; raise dset.max_length"
+        if position_limit is not None and encoded.positions > position_limit:
+            return (
+                f"{encoded.positions} positions, but the model's attention window or position table has "
+                f"{position_limit}; use another model"
+            )
+        return None
+
+    def _check_labels(self, example: Example, encoded: Encoded) -> None:
+        owner: dict[int, str] = {}
+        for choice, tokens in zip(example.choices, encoded.choices, strict=True):
+            if len(tokens) != 1:
+                raise DataError(
+                    f"example {example.id!r}: label {choice.context + choice.text!r} is {len(tokens)} tokens for "
+                    "this tokenizer, label scoring needs 1; change dset.labels or set dset.scoring=choice_sum"
+                )
+            if tokens[0] in owner:
+                raise DataError(
+                    f"example {example.id!r}: labels {owner[tokens[0]]!r} and {choice.text!r} are the same token "
+                    f"{tokens[0]}; make dset.labels distinct"
+                )
+            owner[tokens[0]] = choice.text
+
+    def collate(self, examples: Sequence[Example], num_choices: int | None = None) -> Batch:
+        """Pack examples into one batch.
+
+        Args:
+            examples: N examples, at least one.
+            num_choices: C, padded with choices that do not exist; None for the largest number in the batch.
+
+        Raises:
+            ValueError: If there is no example, or one has more than `num_choices` choices.
+        """
+        if not examples:
+            raise ValueError("cannot collate an empty list of examples")
+        encoded = [self.encode(example) for example in examples]
+        most = max(len(e.choices) for e in encoded)
+        if num_choices is not None and most > num_choices:
+            raise ValueError(f"an example has {most} choices, more than num_choices={num_choices}")
+        return pack(examples, encoded, self.scoring == "choice_mean", num_choices or most, self._pad)

@@ -1,0 +1,117 @@
+"""Rules for honest splits: what serves as validation and test, disjointness, seeded subsets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.data.example import DataError, Example, Question
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """A split as its source gave it, and where that was."""
+
+    questions: list[Question]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train, validation and test questions with a note for each."""
+
+    train: list[Question]
+    validation: list[Question]
+    test: list[Question]
+    notes: list[str]
+
+
+def labelled(split: RawSplit | None) -> RawSplit | None:
+    """The split, or None where it is absent or all its labels are hidden.
+
+    Raises:
+        DataError: If only some labels are hidden.
+    """
+    if split is None or not split.questions:
+        return None
+    hidden = [question.id for question in split.questions if question.answer is None]
+    if len(hidden) == len(split.questions):
+        return None
+    if hidden:
+        raise DataError(
+            f"{split.origin}: {len(hidden)} of {len(split.questions)} rows have no answer (first: {hidden[0]}); "
+            "label all of them or none"
+        )
+    return split
+
+
+def resolve(sources: Mapping[str, RawSplit | None], validation_fraction: float, seed: int) -> Splits:
+    """Decide what serves as train, validation and test.
+
+    A split with hidden labels counts as absent. Where test is absent, validation serves as test; where
+    validation is then absent, it is carved from train.
+
+    Args:
+        sources: The source's `train`, `validation` and `test`, None where absent.
+        validation_fraction: Share of train that becomes validation where there is none, in (0, 1).
+        seed: Seed of the carve.
+
+    Raises:
+        DataError: If nothing can serve as test, or train is too small to carve from.
+    """
+    train, validation, test = (labelled(sources.get(name)) for name in ("train", "validation", "test"))
+    notes = []
+    if test is None:
+        if validation is None:
+            raise DataError("neither a labelled test split nor a labelled validation split; name one in dset.splits")
+        test, validation = validation, None
+        notes.append(f"test: {test.origin} ({len(test.questions)}; the labelled validation split, test has no labels)")
+    else:
+        notes.append(f"test: {test.origin} ({len(test.questions)})")
+    train_questions = train.questions if train else []
+    if validation is not None:
+        validation_questions = validation.questions
+        notes.append(f"validation: {validation.origin} ({len(validation_questions)})")
+    else:
+        train_questions, validation_questions = carve(train_questions, validation_fraction, seed)
+        notes.append(f"validation: {len(validation_questions)} carved from train with seed {seed}")
+    notes.append(f"train: {train.origin if train else 'none'} ({len(train_questions)})")
+    return Splits(train_questions, validation_questions, test.questions, notes)
+
+
+def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[list[Question], list[Question]]:
+    """Split into (rest, carved): a seeded random share, at least one question, both in the original order."""
+    if not 0.0 < fraction < 1.0:
+        raise DataError(f"dset.validation_fraction is {fraction}; it must be between 0 and 1, exclusive")
+    if not questions:
+        return [], []
+    count = max(1, round(fraction * len(questions)))
+    if count >= len(questions):
+        raise DataError(f"train has {len(questions)} questions, too few to carve a validation split; add a file")
+    chosen = set(np.random.default_rng([seed, 1]).permutation(len(questions))[:count].tolist())
+    rest = [question for i, question in enumerate(questions) if i not in chosen]
+    return rest, [question for i, question in enumerate(questions) if i in chosen]
+
+
+def subset(examples: list[Example], size: int | None, seed: int, key: str) -> list[Example]:
+    """A seeded random subset in the original order; all examples where `size` is None.
+
+    Raises:
+        DataError: If `size` is not in 1..len(examples); the message names the setting `key`.
+    """
+    if size is None:
+        return examples
+    if not 1 <= size <= len(examples):
+        raise DataError(f"{key} is {size}, but {len(examples)} examples are available; use null for all")
+    chosen = np.random.default_rng([seed, 2]).permutation(len(examples))[:size]
+    return [examples[i] for i in sorted(chosen)]
+
+
+def without(examples: list[Example], *others: Sequence[Example]) -> list[Example]:
+    """The examples whose prompt and choices appear in none of the other splits."""
+    seen = {_content(example) for other in others for example in other}
+    return [example for example in examples if _content(example) not in seen]
+
+
+def _content(example: Example) -> tuple[str, frozenset[object]]:
+    return example.prompt, frozenset(example.choices)

@@ -1,0 +1,168 @@
+"""load_task: from the `dset` settings to the splits of a task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from utils.data.encode import SCORINGS
+from utils.data.example import DataError, Example, Question, TaskData, near_matches
+from utils.data.parsers import get_parser
+from utils.data.prompts import render
+from utils.data.quiz import quiz_questions
+from utils.data.source import Rows, open_source, parse_rows, read_jsonl
+from utils.data.splits import RawSplit, labelled, resolve, subset, without
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The settings of one data set, as in configs/dset (where each key is described).
+
+    `splits` maps train, validation and test to split names of the source (null: absent) and may hold `ood`,
+    a mapping from the name of an out-of-distribution set to a split name. `train_file`, `validation_file`
+    and `test_file` are used by the schema `jsonl` only, `path`, `config` and `splits` by the others.
+    """
+
+    name: str
+    schema: str
+    scoring: str
+    prompt_label: str
+    prompt_choice: str
+    labels: list[str]
+    validation_fraction: float
+    train_subset: int | None
+    validation_subset: int | None
+    test_subset: int | None
+    max_length: int
+    too_long: str
+    path: str | None = None
+    config: str | None = None
+    splits: dict[str, Any] | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TaskConfig":
+        """From a plain dictionary.
+
+        Raises:
+            DataError: On an unknown or missing key, or an unknown `scoring`.
+        """
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise DataError(f"unknown key dset.{key}; {near_matches(key, known)}")
+        try:
+            config = cls(**values)
+        except TypeError as error:
+            raise DataError(f"dset is incomplete: {error}") from error
+        if config.scoring not in SCORINGS:
+            raise DataError(f"unknown dset.scoring {config.scoring!r}; {near_matches(config.scoring, SCORINGS)}")
+        return config
+
+
+def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int) -> TaskData:
+    """Load a task.
+
+    Args:
+        dset: The keys of `TaskConfig` as plain values.
+        data_dir: Folder looked in before the hub (`<data_dir>/<path>/<config>/<split>.jsonl`).
+        seed: Seed of carved splits and of subsets.
+
+    Returns:
+        Disjoint splits: questions of test and of the out-of-distribution sets are removed from validation
+        and train where a source repeats them, those of validation from train; `notes` counts them.
+
+    Raises:
+        DataError: If a setting is wrong, the data is not found, or a row is malformed.
+    """
+    config = TaskConfig.from_dict(dset)
+    if config.schema == "quiz":
+        sources, ood_questions, notes = _generated()
+    elif config.schema == "jsonl":
+        sources, ood_questions, notes = _files(config)
+    else:
+        sources, ood_questions, notes = _benchmark(config, data_dir)
+    splits = resolve(sources, config.validation_fraction, seed)
+    notes = splits.notes + notes
+
+    test = _render(splits.test, config)
+    ood = {name: _render(questions, config) for name, questions in ood_questions.items()}
+    raw_validation, raw_train = _render(splits.validation, config), _render(splits.train, config)
+    validation = without(raw_validation, test, *ood.values())
+    train = without(raw_train, test, validation, *ood.values())
+    repeated = len(raw_validation) - len(validation), len(raw_train) - len(train)
+    if any(repeated):
+        notes.append(f"removed as repeats of a later split: {repeated[0]} from validation, {repeated[1]} from train")
+    return TaskData(
+        name=config.name,
+        train=subset(train, config.train_subset, seed, "dset.train_subset"),
+        validation=subset(validation, config.validation_subset, seed, "dset.validation_subset"),
+        test=subset(test, config.test_subset, seed, "dset.test_subset"),
+        ood=ood,
+        notes=notes,
+    )
+
+
+def _render(questions: list[Question], config: TaskConfig) -> list[Example]:
+    template = config.prompt_label if config.scoring == "label" else config.prompt_choice
+    return [render(question, config.scoring, template, config.labels) for question in questions]
+
+
+Loaded = tuple[dict[str, RawSplit | None], dict[str, list[Question]], list[str]]
+
+
+def _generated() -> Loaded:
+    quiz = quiz_questions()
+    sources: dict[str, RawSplit | None] = {name: RawSplit(quiz[name], "generated") for name in SPLITS}
+    ood = {"quiz_ood": quiz["ood"]}
+    return sources, ood, [f"ood quiz_ood: generated ({len(quiz['ood'])})"]
+
+
+def _files(config: TaskConfig) -> Loaded:
+    sources: dict[str, RawSplit | None] = {}
+    for split in SPLITS:
+        name = getattr(config, f"{split}_file")
+        if name is None:
+            sources[split] = None
+            continue
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise DataError(f"dset.{split}_file={name} does not exist (looked for {file.absolute()})")
+        sources[split] = _parse(read_jsonl(file), config.schema, split)
+    if all(source is None for source in sources.values()):
+        raise DataError("schema jsonl needs dset.train_file and dset.test_file (or validation_file); none is set")
+    return sources, {}, []
+
+
+def _benchmark(config: TaskConfig, data_dir: str | Path) -> Loaded:
+    get_parser(config.schema)  # an unknown schema is reported before anything is looked for
+    if config.path is None or config.splits is None:
+        raise DataError(f"dset.path and dset.splits must be set for schema {config.schema}")
+    unknown = set(config.splits) - {*SPLITS, "ood"}
+    if unknown:
+        raise DataError(f"unknown dset.splits.{unknown.pop()}; known: train, validation, test, ood")
+    names: dict[str, str] = {split: config.splits[split] for split in SPLITS if config.splits.get(split)}
+    ood_names: dict[str, str] = config.splits.get("ood") or {}
+    source = open_source(config.path, config.config, data_dir, [*names.values(), *ood_names.values()])
+    sources: dict[str, RawSplit | None] = {}
+    for split, name in names.items():
+        rows = source(name)
+        sources[split] = None if rows is None else _parse(rows, config.schema, split)
+    ood, notes = {}, []
+    for ood_name, name in ood_names.items():
+        rows = source(name)
+        split = None if rows is None else labelled(_parse(rows, config.schema, ood_name))
+        if split is None:
+            notes.append(f"ood {ood_name}: the source has no labelled split {name}; left out")
+        else:
+            ood[ood_name] = split.questions
+            notes.append(f"ood {ood_name}: {split.origin} ({len(split.questions)})")
+    return sources, ood, notes
+
+
+def _parse(rows: Rows, schema: str, split: str) -> RawSplit:
+    return RawSplit(parse_rows(rows, get_parser(schema), split), rows.origin)

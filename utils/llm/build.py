@@ -1,0 +1,56 @@
+"""Model objects: with weights read from files, or random."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from utils.llm.quantization import quantization_config
+from utils.llm.sources import Source
+
+
+def pretrained_model(
+    source: Source,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Mapping[str, Any] | None,
+    attn_implementation: str,
+) -> PreTrainedModel:
+    """Read a model's weights from `source` onto `device`.
+
+    Raises:
+        LLMLoadError: Quantisation is asked for and bitsandbytes is missing.
+    """
+    extra = {"quantization_config": quantization_config(quantization)} if quantization else {}
+    return AutoModelForCausalLM.from_pretrained(
+        source.location,
+        revision=source.revision,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attn_implementation,
+        **extra,
+    )
+
+
+def random_model(
+    config: PreTrainedConfig, seed: int, dtype: torch.dtype, device: torch.device, attn_implementation: str
+) -> PreTrainedModel:
+    """Draw a model's weights with `seed`, on `device`; the global generators are left as they were."""
+    with _seeded(seed, device), device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators that weights are drawn from, and give them their state back afterwards."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

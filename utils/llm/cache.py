@@ -1,0 +1,101 @@
+"""The project's cache: GGUF weights converted once to a safetensors folder.
+
+A folder `<cache_dir>/<safe name>` is written under another name beside its place and renamed when it is
+whole, with a manifest of its files' sizes. A folder without a fitting manifest is never used.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.llm.errors import LLMLoadError
+from utils.llm.pypi import PyPIWeights
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def cache_folder(cache_dir: Path, name: str) -> Path:
+    """The folder of a model in the cache, e.g. `org/model` -> `<cache_dir>/org--model`."""
+    return cache_dir / name.replace("/", "--")
+
+
+def is_whole(folder: Path, sha256: str) -> bool:
+    """Whether `folder` is a finished conversion of the GGUF file with this SHA-256."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if manifest.get("sha256") != sha256:
+        return False
+    paths = {folder / name: size for name, size in manifest["bytes"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Path]) -> None:
+    """Convert a GGUF file into the cache folder `target`; safe against crashes and against other processes.
+
+    Args:
+        target: The folder to make.
+        weights: Description of the GGUF file; its SHA-256 and packages go into the manifest.
+        get_gguf: Gives the path of the GGUF file; may use the scratch folder it is given.
+
+    Raises:
+        LLMLoadError: Too little free disk space (nothing is started then), or what `get_gguf` raises.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(target.parent, weights.disk_gb)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        gguf = get_gguf(scratch)
+        whole = scratch / "whole"
+        logger.info("converting %s to %s: done once, takes up to two minutes", gguf.name, target)
+        convert_gguf(gguf, whole)
+        sizes = {path.name: path.stat().st_size for path in sorted(whole.iterdir())}
+        manifest = {"sha256": weights.sha256, "packages": list(weights.packages), "bytes": sizes}
+        (whole / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        _put_in_place(whole, target, weights.sha256)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 and save model and tokenizer into `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain float32 now: without these traces of GGUF, transformers agrees to save them.
+    for trace in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(trace, None)
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _put_in_place(whole: Path, target: Path, sha256: str) -> None:
+    """Rename `whole` to `target`; keep what another process put there meanwhile if that is whole."""
+    if target.exists() and not is_whole(target, sha256):
+        logger.warning("replacing the incomplete or outdated folder %s", target)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            target.rename(whole.with_name("replaced"))
+    try:
+        whole.rename(target)
+    except OSError:
+        if not is_whole(target, sha256):
+            raise
+
+
+def _check_disk(folder: Path, needed_gb: float) -> None:
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < needed_gb:
+        raise LLMLoadError(
+            f"{folder} has {free_gb:.1f} GB free and the model needs {needed_gb:g} GB: free some, "
+            "or set the cache directory to another disk"
+        )

@@ -1,0 +1,191 @@
+"""Language models and tokenizers, ready for adapters: frozen, in evaluation mode, padded on the left."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.llm.architecture import build_config, override_config
+from utils.llm.build import pretrained_model, random_model
+from utils.llm.byte_tokenizer import build_byte_tokenizer
+from utils.llm.errors import LLMLoadError
+from utils.llm.pypi import PyPIWeights
+from utils.llm.sources import Source, find_source
+
+logger = logging.getLogger(__name__)
+
+
+def load_llm(
+    name_or_path: str,
+    *,
+    cache_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    random_init: bool = False,
+    random_init_seed: int = 0,
+    architecture: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    pypi: Mapping[str, Any] | None = None,
+    gguf_dir: str | None = None,
+    tokenizer: str = "auto",
+    quantization: Mapping[str, Any] | None = None,
+    attn_implementation: str = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer: see `load_model` and `load_tokenizer` for the arguments.
+
+    Raises:
+        LLMLoadError: Either cannot be loaded, or the tokenizer has more tokens than the model's embedding.
+    """
+    tokens = load_tokenizer(
+        name_or_path,
+        cache_dir=cache_dir,
+        revision=revision,
+        pypi=pypi,
+        gguf_dir=gguf_dir,
+        tokenizer=tokenizer,
+    )
+    model = load_model(
+        name_or_path,
+        cache_dir=cache_dir,
+        dtype=dtype,
+        device=device,
+        random_init=random_init,
+        random_init_seed=random_init_seed,
+        architecture=architecture,
+        config_overrides=config_overrides,
+        revision=revision,
+        pypi=pypi,
+        gguf_dir=gguf_dir,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokens) > size:
+        raise LLMLoadError(
+            f"the tokenizer of {name_or_path} has {len(tokens)} tokens and the model's embedding {size}: "
+            "correct vocab_size in llm.architecture or llm.config_overrides"
+        )
+    model.config.pad_token_id = tokens.pad_token_id
+    model.generation_config.pad_token_id = tokens.pad_token_id
+    return model, tokens
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    cache_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    random_init: bool = False,
+    random_init_seed: int = 0,
+    architecture: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    pypi: Mapping[str, Any] | None = None,
+    gguf_dir: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    attn_implementation: str = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """Load a model alone, its weights frozen, in evaluation mode, without a key-value cache.
+
+    Args:
+        name_or_path: A hub name, or a folder.
+        cache_dir: The project's cache of converted weights.
+        dtype: Precision of the weights (`resolve_dtype`).
+        device: Where the model goes (`resolve_device`).
+        random_init: Random weights instead of real ones; needs no download if `architecture` is given.
+        random_init_seed: Seed of the random weights; the global generators are left as they were.
+        architecture: `model_type` and sizes, read only with `random_init`.
+        config_overrides: Model configuration keys to change.
+        revision: Branch, tag or commit on the hub.
+        pypi: `packages`, `file`, `sha256`, `disk_gb`: see `PyPIWeights`.
+        gguf_dir: A folder that holds the file named in `pypi` already.
+        quantization: Arguments of `BitsAndBytesConfig`; None or empty for none.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant), in training mode.
+
+    Raises:
+        LLMLoadError: The model cannot be loaded; the message names the remedy.
+    """
+    if random_init and quantization:
+        raise LLMLoadError("random weights cannot be quantised on the fly: use quantization=none or random_init=false")
+    source = None
+    if random_init and architecture is not None:
+        config = build_config(architecture, config_overrides or {})
+    else:
+        source = _source(name_or_path, cache_dir, revision, pypi, gguf_dir)
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+        config = override_config(config, config_overrides or {})
+    if source is None or random_init:
+        logger.info("%s: random weights (seed %d)", name_or_path, random_init_seed)
+        model = random_model(config, random_init_seed, dtype, device, attn_implementation)
+    else:
+        logger.info("%s: weights from %s", name_or_path, source.location)
+        model = pretrained_model(source, config, dtype, device, quantization, attn_implementation)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.eval()
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    cache_dir: Path,
+    revision: str | None = None,
+    pypi: Mapping[str, Any] | None = None,
+    gguf_dir: str | None = None,
+    tokenizer: str = "auto",
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer alone, so that data can be checked before any weights are read. It pads on the left.
+
+    Args:
+        name_or_path: The model, as in `load_model`; `cache_dir`, `revision`, `pypi` and `gguf_dir` likewise.
+        cache_dir: The project's cache of converted weights.
+        revision: Branch, tag or commit on the hub.
+        pypi: See `PyPIWeights`.
+        gguf_dir: A folder that holds the file named in `pypi` already.
+        tokenizer: `auto` for the model's own, `bytes` for the built-in one with a token per byte.
+
+    Raises:
+        LLMLoadError: The tokenizer cannot be had, or `tokenizer` is unknown.
+    """
+    if tokenizer == "bytes":
+        tokens: PreTrainedTokenizerBase = build_byte_tokenizer()
+    elif tokenizer == "auto":
+        source = _source(name_or_path, cache_dir, revision, pypi, gguf_dir, tokenizer_only=True)
+        tokens = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+    else:
+        raise LLMLoadError(f"unknown llm.tokenizer {tokenizer!r}: use 'auto' or 'bytes'")
+    if tokens.pad_token_id is None:
+        if tokens.eos_token_id is None:
+            raise LLMLoadError(f"the tokenizer of {name_or_path} has neither a padding nor an end token: add one")
+        tokens.pad_token = tokens.eos_token
+    tokens.padding_side = "left"
+    return tokens
+
+
+def _source(
+    name_or_path: str,
+    cache_dir: Path,
+    revision: str | None,
+    pypi: Mapping[str, Any] | None,
+    gguf_dir: str | None,
+    tokenizer_only: bool = False,
+) -> Source:
+    return find_source(
+        name_or_path,
+        cache_dir=Path(cache_dir),
+        revision=revision,
+        pypi=None if pypi is None else PyPIWeights(**{**pypi, "packages": tuple(pypi["packages"])}),
+        gguf_dir=None if gguf_dir is None else Path(gguf_dir).expanduser(),
+        tokenizer_only=tokenizer_only,
+    )
