@@ -6,21 +6,26 @@ Reads from top to bottom: main -> prepare -> train -> finish. A *run* owns every
 does; a *sample* is drawn by ``method.sample`` once per forward pass and lives until its context ends.
 """
 
+import difflib
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from peft import PeftModel
 from torch import Tensor, nn
 
 from bnn.methods import Method
@@ -31,21 +36,13 @@ from bnn.predictive import predict
 from utils.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder
-from utils.data.example import Example, TaskData
+from utils.data.example import Example, TaskData, near_matches
 from utils.data.model_limits import position_limit
 from utils.data.order import batches, epoch_generator, length_sorted
 from utils.data.task import load_task
 from utils.llm import load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.plots import plot_curves, plot_reliability
-from utils.run import (
-    RunLogger,
-    check_disk,
-    environment_record,
-    progress,
-    read_metrics,
-    save_predictions,
-    write_json_atomic,
-)
+from utils.run import RunLogger, check_disk, environment_record, progress, save_predictions, write_json_atomic
 from utils.seeding import make_generator, seed_all
 
 logger = logging.getLogger("train")
@@ -54,6 +51,28 @@ FREE_DISK_BYTES = 200 * 2**20
 """What a run folder may need: adapter, checkpoint and predictions of the largest supported setting."""
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
 """Keys that may change when a run is resumed."""
+WRITTEN = ("adapter", "checkpoint", "predictions_*.npz", "reliability.*", "curves.png")
+"""What overwrite=true removes from a run's folder; the rest is written over at once."""
+COUNTS = (
+    *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
+    *("train.log_every", "train.checkpoint_every"),
+    *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
+)
+MAY_BE_NULL = ("train.max_steps", "eval.every_n_mc", "train.max_grad_norm")
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm"), (5e-324, float("inf"))),
+    **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
+    **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),
+}
+NAMES = {
+    "train.on_nonfinite": ("error", "skip"),
+    "eval.split": ("train", "validation", "test"),
+    "eval.keep": ("last", "best"),
+    "opt.schedule": ("linear", "cosine", "constant"),
+}
+DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
+USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException, HydraException)
 
 
 @dataclass
@@ -64,11 +83,14 @@ class Run:
     folder: Path
     device: torch.device
     method: Method
-    model: nn.Module
+    model: PeftModel
     encoder: Encoder
     data: TaskData
     generator: torch.Generator
+    optimizer: torch.optim.Optimizer
     log: RunLogger
+    resumed: dict[str, Any] | None
+    skipped: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -78,16 +100,41 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
     return choice_scores(model(**batch.model_inputs()).logits, batch)
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
     """A configuration group as plain values."""
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    return OmegaConf.to_container(cfg, resolve=resolve)  # type: ignore[return-value]
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse values that would fail, or mislead, only once training runs. Raises ValueError naming the key."""
+    for key in (*COUNTS, *RANGES):
+        value = OmegaConf.select(cfg, key)
+        low, high = RANGES.get(key, (1, sys.maxsize))
+        kinds = (int,) if key in COUNTS else (int, float)
+        if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
+            wanted = f"a whole number, at least {low}" if key in COUNTS else f"a number in [{low:.3g}, {high:.3g}]"
+            raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
+    for key, known in NAMES.items():
+        if (value := OmegaConf.select(cfg, key)) not in known:
+            raise ValueError(f"unknown {key}={value}; {near_matches(str(value), known)}")
+    every = cfg.eval.every
+    if every not in ("epoch", "none") and not (type(every) is int and every > 0):
+        raise ValueError(f"eval.every={every}: expected epoch, none or a number of steps, at least 1")
+    if cfg.eval.keep == "best" and every == "none":
+        raise ValueError("eval.keep=best chooses among evaluations, but eval.every=none makes none: set one of them")
+    if not isinstance(cfg.peft.target_modules, ListConfig):
+        raise ValueError(f"peft.target_modules={cfg.peft.target_modules}: expected a list such as [q_proj,v_proj]")
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
 
 
 def prepare(cfg: DictConfig) -> Run:
     """Check everything that can be checked cheaply, then load data, tokenizer and model, in this order."""
+    check(cfg)
     folder = Path(cfg.paths.output_dir)
-    if cfg.resume and not (folder / "checkpoint").exists():
-        raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: set paths.output_dir to the run's folder")
+    resumed = load_checkpoint(folder, fingerprint(cfg)) if cfg.resume else None
+    if cfg.resume and resumed is None:
+        raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
     if (folder / "metrics.jsonl").exists() and not (cfg.resume or cfg.overwrite):
         raise FileExistsError(f"{folder} already holds a run: set resume=true, overwrite=true or paths.output_dir")
     check_disk(folder, FREE_DISK_BYTES)
@@ -95,34 +142,38 @@ def prepare(cfg: DictConfig) -> Run:
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     method: Method = instantiate(cfg.method.factory, _convert_="all")
-    if cfg.eval.every not in ("epoch", "none") and not (isinstance(cfg.eval.every, int) and cfg.eval.every > 0):
-        raise ValueError(f"eval.every={cfg.eval.every!r}: expected epoch, none or a number of steps")
     data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
     for note in data.notes:
         logger.info("data: %s", note)
-    llm = plain(cfg.llm)
-    targets, tokenizer_kind = llm.pop("target_modules"), llm.pop("tokenizer")
-    del llm["dtype"], targets
-    cache = Path(cfg.paths.cache_dir)
-    source = {key: llm[key] for key in ("name_or_path", "revision", "pypi", "gguf_dir")}
-    tokenizer = load_tokenizer(cache_dir=cache, tokenizer=tokenizer_kind, **source)
-    encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
-    model = load_model(cache_dir=cache, dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
-    limit = position_limit(model)
-    for split in ("train", "validation", "test"):
-        setattr_frozen(data, split, encoder.check(getattr(data, split), limit))
-    for name, examples in data.ood.items():
-        data.ood[name] = encoder.check(examples, limit)
+    llm = {key: value for key, value in plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")}
+    llm["cache_dir"] = Path(cfg.paths.cache_dir)
+    source = {key: llm[key] for key in ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")}
+    encoder = Encoder(
+        load_tokenizer(tokenizer=cfg.llm.tokenizer, **source), cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long
+    )
+    data = checked(data, encoder, None)
+    model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
+    data = checked(data, encoder, position_limit(model))
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
-    model = method.adapt(model, plain(cfg.peft))
+    try:
+        model = method.adapt(model, plain(cfg.peft))
+    except TypeError as error:
+        raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
+    groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps)
     generator = make_generator(cfg.seed, "posterior", device=device)
-    log = RunLogger(folder, resumed_step=None if cfg.resume else -1)
-    return Run(cfg, folder, device, method, model, encoder, data, generator, log)
+    for pattern in WRITTEN if cfg.overwrite else ():
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1)
+    return Run(cfg, folder, device, method, model, encoder, data, generator, optimizer, log, resumed)
 
 
-def setattr_frozen(target: TaskData, name: str, value: Any) -> None:
-    """Replace a split of the task by its checked version."""
-    object.__setattr__(target, name, value)
+def checked(data: TaskData, encoder: Encoder, limit: int | None) -> TaskData:
+    """The task without what ``Encoder.check`` drops."""
+    train, validation, test = (encoder.check(split, limit) for split in (data.train, data.validation, data.test))
+    ood = {name: encoder.check(examples, limit) for name, examples in data.ood.items()}
+    return replace(data, train=train, validation=validation, test=test, ood=ood)
 
 
 def train(run: Run) -> int:
@@ -131,17 +182,17 @@ def train(run: Run) -> int:
     per_step = cfg.train.batch_size * cfg.train.grad_accum
     steps_per_epoch = -(-len(run.data.train) // per_step)
     total = min(steps_per_epoch * cfg.train.epochs, cfg.train.max_steps or sys.maxsize)
-    groups = run.method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps)
+    optimizer = run.optimizer
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    step = restore(run, optimizer) if cfg.resume else 0
+    step = restore(run, run.resumed) if run.resumed else 0
     counts = [sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())]
     logger.info("training %s of %s parameters for %d steps", f"{counts[0]:,}", f"{counts[1]:,}", total)
-    if step == 0 and cfg.eval.every != "none":
+    if step == 0 < total and cfg.eval.every != "none":
         evaluate_during(run, 0, 0, 0.0)
 
-    skipped, started, seen = 0, time.perf_counter(), 0
+    parameters = [p for _, p in trainable(model)]
+    started, seen = time.perf_counter(), 0
     for step in progress(range(step, total), "training", total - step):  # noqa: B020
         epoch = step // steps_per_epoch
         rate = learning_rate_at(step, total, round(cfg.opt.warmup * total), cfg.opt.schedule)
@@ -151,35 +202,34 @@ def train(run: Run) -> int:
         examples = nth_batch(run.data.train, per_step, cfg.seed, epoch, step % steps_per_epoch)
         model.train()
         loss = accumulate(run, examples, beta)
-        finite = bool(torch.isfinite(loss.loss))
-        if not finite and cfg.train.on_nonfinite != "skip":
-            ids = ", ".join(example.id for example in examples)
-            raise FloatingPointError(
-                f"the loss is {float(loss.loss)} at step {step + 1}, examples {ids}: lower opt.lr, set dtype=float32, "
-                "or train.on_nonfinite=skip"
-            )
-        if finite:
-            if cfg.train.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_([p for _, p in trainable(model)], cfg.train.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.train.max_grad_norm or float("inf"))
+        if torch.isfinite(loss.loss) and torch.isfinite(norm):
             optimizer.step()
-        skipped += not finite
+        else:
+            ids = ", ".join(example.id for example in examples)
+            what = f"loss {float(loss.loss)}, gradient norm {float(norm)} at step {step + 1}, examples {ids}"
+            if cfg.train.on_nonfinite == "error":
+                raise FloatingPointError(f"{what}: lower opt.lr, set dtype=float32, or train.on_nonfinite=skip")
+            run.skipped += 1
+            logger.warning("skipped: %s", what)
         optimizer.zero_grad(set_to_none=True)
         seen += len(examples)
 
         done = step + 1
         lr = optimizer.param_groups[0]["lr"]
         if done % cfg.train.log_every == 0 or done == total:
-            values = {"loss": float(loss.loss), "nll": float(loss.nll), "kl": float(loss.kl), "beta": beta}
+            values = {name: float(value) for name, value in loss._asdict().items()}
+            values |= {"beta": beta, "skipped": run.skipped}
             speed = seen / (time.perf_counter() - started)
-            run.log.train(epoch=epoch + 1, step=done, lr=lr, examples_per_second=speed, metrics=values | {"skipped": skipped})
+            run.log.train(epoch=epoch + 1, step=done, lr=lr, examples_per_second=speed, metrics=values)
         every = steps_per_epoch if cfg.eval.every == "epoch" else cfg.eval.every
         evaluated = every != "none" and (done % every == 0 or done == total)
         if evaluated:
             evaluate_during(run, epoch + 1, done, lr)
         if evaluated or done % cfg.train.checkpoint_every == 0 or done == total or run.interrupted:
-            save(run, optimizer, done)
+            save(run, done)
         if run.interrupted:
-            raise KeyboardInterrupt(f"stopped after step {done}: go on with resume=true paths.output_dir={run.folder}")
+            raise KeyboardInterrupt(f"stopped after step {done}")
     return total
 
 
@@ -261,7 +311,8 @@ def finish(run: Run, step: int) -> None:
                 bins["mean" if n is None else f"MC={n}"] = vars(reliability_bins(logits, answer))
     run.log.reliability(bins)
     run.log.close()
-    figures = [plot_curves(run.folder), plot_reliability(run.folder)]
+    figures = [plot_curves(run.folder)] if step else []  # nothing was trained: no curves
+    figures.append(plot_reliability(run.folder))
     logger.info("run folder: %s (figures: %s)", run.folder, ", ".join(path.name for path in figures))
 
 
@@ -277,12 +328,13 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
 
 
-def save(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(run: Run, step: int) -> None:
     """Write the resumable checkpoint."""
     state = {
         "parameters": dict(trainable(run.model)),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         "step": step,
+        "skipped": run.skipped,
         "best": run.best,
         "rng": capture_rng({"posterior": run.generator}),
         "fingerprint": fingerprint(run.cfg),
@@ -290,21 +342,51 @@ def save(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
     save_checkpoint(run.folder, state)
 
 
-def restore(run: Run, optimizer: torch.optim.Optimizer) -> int:
-    """Continue from the checkpoint; returns its step."""
-    state = load_checkpoint(run.folder, fingerprint(run.cfg))
-    if state is None:
-        raise FileNotFoundError(f"resume=true, but {run.folder} holds no checkpoint: start without resume")
+def restore(run: Run, state: dict[str, Any]) -> int:
+    """Continue from a checkpoint; returns its step."""
     with torch.no_grad():
         for name, parameter in trainable(run.model):
             parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.load_state_dict(state["optimizer"])
     restore_rng(state["rng"], {"posterior": run.generator})
-    run.best = {**state["best"]}
-    run.log.close()
-    run.log = RunLogger(run.folder, resumed_step=state["step"])
+    run.best, run.skipped = state["best"], state["skipped"]
     logger.info("resumed at step %d", state["step"])
     return int(state["step"])
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line; for an unknown name on the command line with its near matches."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        text, known = f"{group}={name}: no such file in configs/{group}", list(error.options)
+        near = difflib.get_close_matches(name, known, cutoff=0.5)
+    elif unknown := re.match(r"Could not override '(.+?)'\.", text):
+        name = unknown[1]
+        with hydra.initialize_config_dir(str(Path(__file__).resolve().parent / "configs"), version_base="1.3"):
+            known = list(keys(plain(hydra.compose("train"), resolve=False)))
+        near = difflib.get_close_matches(name, known, cutoff=0.75)
+        text = f"unknown key {name}; see configs, or write +{name}=... to add it"
+    else:
+        return f"error: {text}"
+    return f"error: {text}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all groups and keys."""
+    for key, value in values.items():
+        yield prefix + key
+        yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+
+
+def watch_interrupts(run: Run) -> None:
+    """Ctrl-C lets the step in progress end and writes a checkpoint; a second one stops at once."""
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run.interrupted = True
+
+    signal.signal(signal.SIGINT, stop)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -312,18 +394,32 @@ def main(cfg: DictConfig) -> None:
     """Entry point: one clear line and a non-zero exit code for anything a user can put right."""
     try:
         run = prepare(cfg)
-        signal.signal(signal.SIGINT, lambda *_: setattr(run, "interrupted", True))
+        watch_interrupts(run)
         OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
         write_json_atomic(run.folder / "environment.json", environment_record())
         step = train(run)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         finish(run, step)
     except KeyboardInterrupt as stop:
-        sys.exit(f"interrupted: {stop}" if str(stop) else 130)
-    except (ValueError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        remedy = f"; go on with resume=true paths.output_dir={cfg.paths.output_dir}"
+        resumable = (Path(cfg.paths.output_dir) / "checkpoint").exists()
+        sys.exit(f"interrupted: {str(stop) or 'stopped at once'}{remedy if resumable else ''}")
+    except USER_ERRORS as error:
+        if DEBUG:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(one_line(error))
+
+
+def launch() -> None:
+    """``main``, with mistakes on the command line reported in one line too."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+    try:
+        main()
+    except HydraException as error:
+        if DEBUG:
+            raise
+        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":
-    main()
+    launch()

@@ -37,10 +37,10 @@ class SGPLoraConfig(LoraConfig):
     flow_hidden: int = field(default=64, metadata={"help": "hidden width of the flow's networks"})
     whitened: bool = field(default=True, metadata={"help": "q describes V (prior N(0, I)); False: U itself"})
     conditional_noise: bool = field(default=True, metadata={"help": "False: W is its conditional mean (no lambda)"})
-    prior_sd: float = field(default=0.3, metadata={"help": "prior standard deviation, before prior_scaling"})
+    prior_sd: float = field(default=0.7, metadata={"help": "prior standard deviation, before prior_scaling"})
     prior_scaling: str = field(default="width", metadata={"help": "width: / sqrt(max(d_out, d_in)); fan_in; none"})
     learn_prior_sd: bool = field(default=True, metadata={"help": "learn sigma_p per factor (type-II ML)"})
-    lambda_init: float = field(default=0.1, metadata={"help": "initial lambda, in (0, lambda_max)"})
+    lambda_init: float = field(default=0.7, metadata={"help": "initial lambda, in (0, lambda_max)"})
     lambda_max: float = field(default=1.0, metadata={"help": "smooth upper bound of lambda"})
     learn_lambda: bool = field(default=True, metadata={"help": "learn lambda per factor"})
     q_sd: float = field(default=0.5, metadata={"help": "initial standard deviation of q(V); the prior's is 1"})
@@ -128,17 +128,22 @@ class SGPLoraModel(LoraModel):
             for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
 
-    def _refuse_live_sample(self) -> None:
+    def _refuse_live_sample(self, what: str) -> None:
         if any(isinstance(m, InducingFactor) and m.has_sample for m in self.modules()):
-            raise ValueError("posterior samples are live: leave bnn.sample before merging, which merges the mean")
+            raise ValueError(f"posterior samples are live: leave bnn.sample before {what}")
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            self._refuse_live_sample("a mixed batch (adapter_names), whose rows cannot be told from draws")
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge the posterior mean. Raises ValueError inside ``bnn.sample``."""
-        self._refuse_live_sample()
+        self._refuse_live_sample("merging, which merges the mean")
         super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self._refuse_live_sample()
+        self._refuse_live_sample("merging, which merges the mean")
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,8 @@
 """``InducingFactor``: the module that stands where LoRA has ``lora_A`` or ``lora_B``."""
 
 import warnings
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ class InducingFactor(nn.Module):
     """A random matrix W (d_out x d_in) with an inducing-variable posterior.
 
     It owns the parameters (float32) Z_r (m_r, d_out), Z_c (m_c, d_in), raw_D_r, raw_D_c, raw_lambda, raw_prior_sd and
-    those of q(U), and the live sample, if any. Outside ``bnn.sample`` it computes with the posterior mean, in train and eval
-    mode alike; inside, with the S draws handed over by the sampler: of a batch of S*B rows, rows i*B to (i+1)*B use
+    those of q(U), and the live sample, if any. Outside ``bnn.sample`` it computes with the posterior mean, in train and
+    eval mode alike; inside, with the S draws handed over by the sampler: of a batch of S*B rows, rows i*B to (i+1)*B use
     draw i. A factor never draws anything itself. The draws are cast once to ``compute_dtype``, an attribute the adapter
     sets to the dtype of the layer it adapts.
 
@@ -96,13 +98,18 @@ class InducingFactor(nn.Module):
         return self.mean_weight() if self._sample is None else self._sample
 
     def mean_weight(self) -> Tensor:
-        """Posterior mean (d_out, d_in); cached until a tensor it depends on changes, when no gradient is wanted."""
+        """Posterior mean (d_out, d_in); when no gradient is wanted, cached until a tensor it depends on may change.
+
+        Tensors' version counters tell most changes; fused optimisers do not raise them, so drawing, ``train()`` and
+        ``eval()`` clear the cache too.
+        """
         tensors = self.tensors()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+            self._mean = None
             return posterior.mean(self.spec, _stack_one(tensors), self.flow)[0]
         key = tuple((t.data_ptr(), t._version, t.device) for t in tensors.values())
         if self._mean is None or self._mean[0] != key:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._mean = (key, posterior.mean(self.spec, _stack_one(tensors), self.flow)[0])
         return self._mean[1]
 
@@ -113,7 +120,21 @@ class InducingFactor(nn.Module):
 
     def hold(self, W: Tensor | None) -> None:
         """Make ``W`` (S, d_out, d_in) the live draws, or None to go back to the posterior mean."""
-        self._sample = W
+        self._sample, self._mean = W, None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, which changes nothing in the computation, and forget the cached mean."""
+        self._mean = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move devices as asked, but stay in float32: factorisations and small KL gradients need it."""
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """W x for x (rows, ..., d_in), with the draws tiled over the rows inside ``bnn.sample``."""

@@ -7,11 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 if its dtype is narrower, else unchanged."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def safe_cholesky(K: Tensor, jitter: float = 1e-6) -> Tensor:
     """Cholesky factor of ``K + jitter * mean(diag K) * I`` without host synchronisation.
 

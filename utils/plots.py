@@ -230,8 +230,9 @@ def _reliability_panel(ax: Axes, bins: Record, title: str) -> None:
 
 
 def _by_mc(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Group evaluations by their samples: "MC=mean" first, then by number."""
-    found = sorted({r["mc"] for r in records}, key=lambda mc: -1 if mc == "mean" else int(mc))
+    """Group evaluations by their samples: those without an adapter, "MC=mean", then by number."""
+    rank = {"zero_shot": -2, "mean": -1}
+    found = sorted({r["mc"] for r in records}, key=lambda mc: rank.get(str(mc), mc))
     return {f"MC={mc}": [r for r in records if r["mc"] == mc] for mc in found}
 
 

@@ -28,9 +28,9 @@ class InducingFlow(nn.Module):
         for k in range(depth):
             order = torch.arange(size) if k % 2 == 0 else torch.arange(size - 1, -1, -1)
             layer = MaskedAutoregressiveTransform(size, order=order, hidden_features=(hidden,))
-            last = layer.hyper[-1]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            last = layer if size == 1 else layer.hyper[-1]  # a single variable has no network, only two parameters
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
             self.layers.append(layer)
 
     def forward(self, U_0: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.data.example import Question
-from utils.data.quiz_facts import CAPITALS, KINDS, NOUNS, OPPOSITES, VERBS
+from utils.data.quiz_facts import CAPITALS, KINDS, NOUNS, OPPOSITE_TOPICS, OPPOSITES, VERBS
 
 OPTIONS = 4
 _QUIZ_SEED = 20260  # the quiz is one fixed data set; the run's seed chooses subsets only
@@ -46,14 +46,16 @@ def _kind(rng: np.random.Generator) -> Iterator[Item]:
     for kind, members in KINDS.items():
         for member in members:
             owners.setdefault(member, set()).add(kind)
-    related = {"animal": {"bird", "fish", "insect"}}  # birds, fish and insects are animals too
+    # kinds that may be right as well, hence no wrong options: a bird is an animal, gold and salmon are colors
+    also: dict[str, set[str]] = {kind: {"animal"} for kind in ("bird", "fish", "insect")}
+    also["animal"] = {"bird", "fish", "insect"}
+    for kind in ("fruit", "vegetable", "fish", "metal"):
+        also.setdefault(kind, set()).add("color")
     for word, kinds in owners.items():
-        if len(kinds) > 1:
-            continue
-        kind = next(iter(kinds))
-        close = {"animal"} if kind in related["animal"] else related.get(kind, set())
-        others = [other for other in KINDS if other not in kinds | close]
-        yield Item(word, f"Kind of {word}:", kind, _pick(rng, others))
+        if len(kinds) == 1:
+            kind = next(iter(kinds))
+            others = [other for other in KINDS if other != kind and other not in also.get(kind, set())]
+            yield Item(word, f"Kind of {word}:", kind, _pick(rng, others))
 
 
 def _first_letter(rng: np.random.Generator) -> Iterator[Item]:
@@ -103,7 +105,8 @@ def _plural(rng: np.random.Generator) -> Iterator[Item]:
 
 def _opposite(rng: np.random.Generator) -> Iterator[Item]:
     for left, right in OPPOSITES:
-        others = sorted({word for pair in OPPOSITES for word in pair} - {left, right})
+        close = {left, right}.union(*(topic for topic in OPPOSITE_TOPICS if topic & {left, right}))
+        others = sorted({word for pair in OPPOSITES for word in pair} - close)
         yield Item(left, f"Reverse of {left}:", right, _pick(rng, others))
         yield Item(left, f"Reverse of {right}:", left, _pick(rng, others))
 

@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "bird": _words("eagle robin sparrow crow owl parrot swan duck goose penguin pigeon hawk raven falcon stork heron"),
     "fish": _words("salmon trout tuna cod shark herring carp perch sardine halibut eel mackerel haddock anchovy"),
     "insect": _words("ant bee wasp beetle moth butterfly mosquito cricket termite grasshopper dragonfly ladybug flea"),
-    "tool": _words("hammer saw drill wrench chisel shovel rake screwdriver axe pliers ladder spade plane file"),
+    "tool": _words("hammer saw drill wrench chisel shovel rake screwdriver axe pliers ladder spade pickaxe file"),
     "color": _words("red blue green yellow purple pink brown black white gray violet crimson scarlet turquoise"),
     "metal": _words("iron copper gold silver tin zinc nickel aluminum platinum titanium mercury cobalt chromium"),
     "instrument": _words("piano guitar violin flute trumpet drum cello harp clarinet oboe trombone banjo tuba"),
@@ -63,7 +63,11 @@ NOUNS = _pairs(
     "key:keys toy:toys monkey:monkeys donkey:donkeys valley:valleys tray:trays window:windows door:doors "
     "garden:gardens school:schools teacher:teachers student:students flower:flowers bird:birds horse:horses "
     "apple:apples orange:oranges phone:phones piano:pianos photo:photos radio:radios chief:chiefs "
-    "belief:beliefs cliff:cliffs goose:geese"
+    "belief:beliefs cliff:cliffs goose:geese lake:lakes street:streets bottle:bottles "
+    "letter:letters number:numbers picture:pictures holiday:holidays birthday:birthdays essay:essays jungle:jungles "
+    "candle:candles ship:ships farmer:farmers doctor:doctors village:villages bridge:bridges cup:cups spoon:spoons "
+    "copy:copies lily:lilies diary:diaries factory:factories library:libraries memory:memories bush:bushes inch:inches "
+    "coach:coaches mattress:mattresses"
 )
 
 # each pair is one fact and gives a question in either direction, both in the same split
@@ -72,13 +76,39 @@ OPPOSITES = _pairs(
     "heavy:light dark:bright early:late full:empty high:low long:brief wide:narrow thick:thin clean:dirty "
     "wet:dry open:closed loud:quiet rough:smooth sharp:dull deep:shallow near:far safe:dangerous easy:difficult "
     "cheap:expensive good:bad right:wrong true:false brave:cowardly kind:cruel polite:rude sweet:bitter alive:dead "
-    "awake:asleep up:down left:right inside:outside above:below before:after first:last always:never "
+    "awake:asleep up:down inside:outside above:below before:after first:last always:never "
     "everything:nothing everybody:nobody day:night summer:winter love:hate war:peace friend:enemy success:failure "
     "victory:defeat begin:end arrive:depart buy:sell give:take push:pull win:lose laugh:cry remember:forget "
     "accept:refuse build:destroy increase:decrease attack:defend appear:vanish rise:fall borrow:lend teach:learn "
     "question:answer black:white north:south east:west front:back top:bottom male:female king:queen "
     "entrance:exit import:export maximum:minimum positive:negative public:private simple:complex tight:loose "
     "guilty:innocent future:past heaven:hell"
+)
+
+# words too close in meaning for one to be a wrong option where another is the question or its answer
+OPPOSITE_TOPICS: tuple[frozenset[str], ...] = tuple(
+    frozenset(words.split())
+    for words in (
+        "heavy light dark bright black white day night dull sharp shallow deep thin thick",
+        "hard soft easy difficult tight loose simple complex rough smooth strong weak",
+        "old new young ancient future past early late",
+        "short tall long brief high low small big wide narrow thick thin deep shallow",
+        "open closed begin end entrance exit import export inside outside empty full",
+        "up down above below top bottom rise fall high low north south front back",
+        "first last begin end before after early late future past front back always never",
+        "increase decrease rise fall maximum minimum appear vanish build destroy arrive depart",
+        "give take accept refuse buy sell borrow lend win lose push pull",
+        "kind cruel polite rude good bad friend enemy love hate happy sad sweet bitter heaven hell brave cowardly",
+        "right wrong true false good bad guilty innocent positive negative",
+        "success failure victory defeat win lose war peace attack defend friend enemy",
+        "alive dead awake asleep quiet loud safe dangerous",
+        "hot cold wet dry summer winter",
+        "cheap expensive rich poor",
+        "laugh cry happy sad teach learn remember forget question answer",
+        "male female king queen",
+        "near far inside outside east west north south",
+        "everything nothing everybody nobody always never full empty",
+    )
 )
 
 # country or state:capital, underscores for blanks

@@ -1,7 +1,6 @@
 """Where rows come from: JSON lines under the data folder, else the Hugging Face hub."""
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -47,21 +46,37 @@ def read_jsonl(file: Path) -> Rows:
     return Rows(located, str(file))
 
 
-def parse_rows(rows: Rows, parser: Parser, split: str) -> list[Question]:
+def parse_rows(rows: Rows, parser: Parser, split: str, classes: int) -> list[Question]:
     """Parse every row of a split.
 
+    Args:
+        rows: The rows.
+        parser: The parser of their schema.
+        split: Prefix of the ids of rows that have none.
+        classes: Number of classes of a question without options.
+
     Raises:
-        DataError: On a row the parser rejects; the message names file and line (or split and row).
+        DataError: On a row the parser rejects, with fewer than two options, or whose answer is none of them;
+            the message names file and line (or split and row).
     """
     questions = []
     for index, (place, row) in enumerate(rows.located):
         try:
-            questions.append(parser(row, f"{split}-{index}"))
+            question = parser(row, f"{split}-{index}")
+            _check_answer(question, len(question.options) or classes)
+            questions.append(question)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{place}: malformed row ({type(error).__name__}: {error})") from error
     return questions
+
+
+def _check_answer(question: Question, count: int) -> None:
+    if count < 2:
+        raise DataError(f"{count} choices; at least 2 are needed")
+    if question.answer is not None and not 0 <= question.answer < count:
+        raise DataError(f"answer {question.answer} is not in 0..{count - 1}")
 
 
 def open_source(path: str, config: str | None, data_dir: str | Path, split_names: list[str]) -> RowSource:
@@ -107,8 +122,6 @@ def _hub_source(path: str, config: str | None, looked_for: str) -> RowSource:
 
 def hub_reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
     """Whether the hub answers at all within a few seconds (any HTTP status counts); proxies are honoured."""
-    if os.environ.get("HF_DATASETS_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return False
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.data.example import DataError, Example, Question
+from utils.data.example import DataError, Question
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,25 @@ def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[li
     return rest, [question for i, question in enumerate(questions) if i in chosen]
 
 
-def subset(examples: list[Example], size: int | None, seed: int, key: str) -> list[Example]:
-    """A seeded random subset in the original order; all examples where `size` is None.
+def subset(questions: list[Question], size: int | None, seed: int, key: str) -> list[Question]:
+    """A seeded random subset in the original order; all questions where `size` is None.
 
     Raises:
-        DataError: If `size` is not in 1..len(examples); the message names the setting `key`.
+        DataError: If `size` is not in 1..len(questions); the message names the setting `key`.
     """
     if size is None:
-        return examples
-    if not 1 <= size <= len(examples):
-        raise DataError(f"{key} is {size}, but {len(examples)} examples are available; use null for all")
-    chosen = np.random.default_rng([seed, 2]).permutation(len(examples))[:size]
-    return [examples[i] for i in sorted(chosen)]
+        return questions
+    if not 1 <= size <= len(questions):
+        raise DataError(f"{key} is {size}, but {len(questions)} questions are available; use null for all")
+    chosen = np.random.default_rng([seed, 2]).permutation(len(questions))[:size]
+    return [questions[i] for i in sorted(chosen)]
 
 
-def without(examples: list[Example], *others: Sequence[Example]) -> list[Example]:
-    """The examples whose prompt and choices appear in none of the other splits."""
-    seen = {_content(example) for other in others for example in other}
-    return [example for example in examples if _content(example) not in seen]
+def without(questions: list[Question], *others: Sequence[Question]) -> list[Question]:
+    """The questions whose text and set of options appear in none of the other splits."""
+    seen = {_content(question) for other in others for question in other}
+    return [question for question in questions if _content(question) not in seen]
 
 
-def _content(example: Example) -> tuple[str, frozenset[object]]:
-    return example.prompt, frozenset(example.choices)
+def _content(question: Question) -> tuple[object, ...]:
+    return tuple(sorted(question.fields.items())), frozenset(question.options), question.suffix

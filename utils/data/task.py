@@ -89,20 +89,17 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int) -> TaskD
     splits = resolve(sources, config.validation_fraction, seed)
     notes = splits.notes + notes
 
-    test = _render(splits.test, config)
-    ood = {name: _render(questions, config) for name, questions in ood_questions.items()}
-    raw_validation, raw_train = _render(splits.validation, config), _render(splits.train, config)
-    validation = without(raw_validation, test, *ood.values())
-    train = without(raw_train, test, validation, *ood.values())
-    repeated = len(raw_validation) - len(validation), len(raw_train) - len(train)
+    validation = without(splits.validation, splits.test, *ood_questions.values())
+    train = without(splits.train, splits.test, validation, *ood_questions.values())
+    repeated = len(splits.validation) - len(validation), len(splits.train) - len(train)
     if any(repeated):
-        notes.append(f"removed as repeats of a later split: {repeated[0]} from validation, {repeated[1]} from train")
+        notes.append(f"removed as repeats of another split: {repeated[0]} from validation, {repeated[1]} from train")
     return TaskData(
         name=config.name,
-        train=subset(train, config.train_subset, seed, "dset.train_subset"),
-        validation=subset(validation, config.validation_subset, seed, "dset.validation_subset"),
-        test=subset(test, config.test_subset, seed, "dset.test_subset"),
-        ood=ood,
+        train=_render(subset(train, config.train_subset, seed, "dset.train_subset"), config),
+        validation=_render(subset(validation, config.validation_subset, seed, "dset.validation_subset"), config),
+        test=_render(subset(splits.test, config.test_subset, seed, "dset.test_subset"), config),
+        ood={name: _render(questions, config) for name, questions in ood_questions.items()},
         notes=notes,
     )
 
@@ -132,7 +129,7 @@ def _files(config: TaskConfig) -> Loaded:
         file = Path(name).expanduser()
         if not file.is_file():
             raise DataError(f"dset.{split}_file={name} does not exist (looked for {file.absolute()})")
-        sources[split] = _parse(read_jsonl(file), config.schema, split)
+        sources[split] = _parse(read_jsonl(file), config, split)
     if all(source is None for source in sources.values()):
         raise DataError("schema jsonl needs dset.train_file and dset.test_file (or validation_file); none is set")
     return sources, {}, []
@@ -151,18 +148,18 @@ def _benchmark(config: TaskConfig, data_dir: str | Path) -> Loaded:
     sources: dict[str, RawSplit | None] = {}
     for split, name in names.items():
         rows = source(name)
-        sources[split] = None if rows is None else _parse(rows, config.schema, split)
+        sources[split] = None if rows is None else _parse(rows, config, split)
     ood, notes = {}, []
     for ood_name, name in ood_names.items():
         rows = source(name)
-        split = None if rows is None else labelled(_parse(rows, config.schema, ood_name))
-        if split is None:
+        held_out = None if rows is None else labelled(_parse(rows, config, ood_name))
+        if held_out is None:
             notes.append(f"ood {ood_name}: the source has no labelled split {name}; left out")
         else:
-            ood[ood_name] = split.questions
-            notes.append(f"ood {ood_name}: {split.origin} ({len(split.questions)})")
+            ood[ood_name] = held_out.questions
+            notes.append(f"ood {ood_name}: {held_out.origin} ({len(held_out.questions)})")
     return sources, ood, notes
 
 
-def _parse(rows: Rows, schema: str, split: str) -> RawSplit:
-    return RawSplit(parse_rows(rows, get_parser(schema), split), rows.origin)
+def _parse(rows: Rows, config: TaskConfig, split: str) -> RawSplit:
+    return RawSplit(parse_rows(rows, get_parser(config.schema), split, len(config.labels)), rows.origin)

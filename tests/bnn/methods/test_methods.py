@@ -1,0 +1,117 @@
+"""What a method offers to the training script."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from bnn.layers import InducingFactor
+from bnn.methods import MLE, SGP
+from bnn.methods.base import check_targets, trainable
+from bnn.methods.sgp import SCALES
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+POSTERIORS = [
+    {},
+    {"family": "matrix_normal"},
+    {"family": "full", "whitened": False},
+    {"family": "ensemble", "members": 2},
+    {"flow_depth": 2, "flow_hidden": 8},
+    {"learn_lambda": False, "learn_prior_sd": False},
+    {"conditional_noise": False},
+]
+
+
+def sgp(scale_lr_factor: float = 3.0, **posterior) -> SGP:
+    return SGP(scale_lr_factor, {"inducing_rows": 5, "inducing_cols": 5, **posterior})
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS, ids=str)
+def test_sgp_groups_hold_every_trainable_parameter_once(posterior, make_llama):
+    method = sgp(**posterior)
+    model = method.adapt(make_llama(), LORA)
+    groups = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
+    counts = Counter(id(p) for group in groups for p in group["params"])
+    assert counts == Counter(id(p) for _, p in trainable(model))
+    torch.optim.AdamW(groups).step()
+
+
+def test_sgp_groups_separate_scales_from_locations(make_llama):
+    method = sgp()
+    model = method.adapt(make_llama(), LORA)
+    names = {id(p): name.rsplit(".", 1)[-1] for name, p in trainable(model)}
+    others, scales = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
+    assert {names[id(p)] for p in others["params"]} == {"Z_r", "Z_c", "raw_loc"}
+    assert {names[id(p)] for p in scales["params"]} == {"raw_D_r", "raw_D_c", "raw_sd", "raw_lambda", "raw_prior_sd"}
+    assert (others["lr"], scales["lr"]) == (0.01, pytest.approx(0.03))
+    assert others["weight_decay"] == scales["weight_decay"] == 0.0
+
+
+def test_every_raw_parameter_is_a_scale_or_a_location(make_llama):
+    """A family with a new parameter must say at which learning rate it goes."""
+    names = set()
+    for posterior in POSTERIORS:
+        model = sgp(**posterior).adapt(make_llama(), LORA)
+        factors = [m for m in model.modules() if isinstance(m, InducingFactor)]
+        names |= {name for factor in factors for name, _ in factor.named_parameters(recurse=False)}
+    assert names == {*SCALES, "Z_r", "Z_c", "raw_loc", "raw_members"}
+
+
+def test_sgp_refuses_weight_decay(make_llama):
+    method = sgp()
+    with pytest.raises(ValueError, match=r"weight_decay=0.1 would be a second"):
+        method.parameter_groups(method.adapt(make_llama(), LORA), lr=0.01, weight_decay=0.1)
+
+
+def test_sgp_samples_and_learns(make_llama, ids):
+    """Fifteen steps on one batch with one draw each must lower the loss of the mean."""
+    method = sgp(scale_lr_factor=1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = method.adapt(make_llama(), LORA)
+    assert method.stochastic
+    optimizer = torch.optim.AdamW(method.parameter_groups(model, lr=0.02, weight_decay=0.0), foreach=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = model(input_ids=ids, labels=ids).loss
+    for _ in range(15):
+        optimizer.zero_grad()
+        with method.sample(model, 1, generator) as live:
+            (model(input_ids=ids, labels=ids).loss + 1e-6 * live.kl()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss < 0.9 * before
+
+
+def test_mle_is_one_deterministic_adapter_without_kl(make_llama, ids):
+    method = MLE()
+    model = method.adapt(make_llama(), LORA).eval()
+    assert not method.stochastic
+    with torch.no_grad():
+        outside = model(input_ids=ids).logits
+        with method.sample(model, 1, None) as live:
+            assert torch.equal(model(input_ids=ids).logits, outside)
+    assert live.kl().item() == 0
+    (group,) = method.parameter_groups(model, lr=0.01, weight_decay=0.1)
+    assert {id(p) for p in group["params"]} == {id(p) for _, p in trainable(model)}
+    assert (group["lr"], group["weight_decay"]) == (0.01, 0.1)
+
+
+@pytest.mark.parametrize("method", [MLE(), sgp()], ids=["mle", "sgp"])
+def test_an_unknown_target_is_refused_with_near_matches(method, make_llama):
+    with pytest.raises(
+        ValueError, match=r"'q_prj' matches no linear layer of the model: did you mean .*q_proj"
+    ) as error:
+        method.adapt(make_llama(), {**LORA, "target_modules": ["v_proj", "q_prj"]})
+    assert "\n" not in str(error.value)
+
+
+def test_a_target_unlike_any_is_refused_with_the_list(make_llama):
+    with pytest.raises(ValueError, match=r"'c_attn'.*the model has .*down_proj, .*k_proj"):
+        check_targets(make_llama(), ["c_attn"])
+
+
+def test_full_paths_are_targets_too(make_llama):
+    check_targets(make_llama(), ["q_proj", "model.layers.0.mlp.up_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"'proj' matches no"):
+        check_targets(make_llama(), ["proj"])

@@ -1,0 +1,92 @@
+"""Outside autograd the mean is computed once, and again as soon as a tensor behind it has changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnn.inducing import posterior
+from bnn.layers import InducingFactor
+
+WIDTH = 12
+
+
+@pytest.fixture
+def factor(A, make_factor) -> InducingFactor:
+    return make_factor(A)
+
+
+def fresh(factor: InducingFactor) -> Tensor:
+    stacked = {name: t.detach()[None] for name, t in factor.tensors().items()}
+    return posterior.mean(factor.spec, stacked, factor.flow)[0]
+
+
+@torch.no_grad()
+def test_is_reused_while_nothing_changes(factor):
+    assert factor.mean_weight() is factor.mean_weight()
+
+
+def test_is_not_used_where_a_gradient_is_wanted(factor):
+    with torch.no_grad():
+        factor.mean_weight()
+    assert factor.mean_weight().requires_grad
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_follows_the_optimizer(factor, optimizer, options):
+    steps = optimizer(factor.parameters(), lr=0.05, **options)
+    for _ in range(3):
+        with torch.no_grad():
+            before = factor.mean_weight().clone()
+        factor.mean_weight().square().sum().backward()
+        steps.step()
+        with torch.no_grad():
+            assert torch.equal(factor.mean_weight(), fresh(factor))
+            assert not torch.equal(factor.mean_weight(), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("assign", [False, True])
+def test_follows_load_state_dict(factor, make_factor, A, assign):
+    factor.mean_weight()
+    factor.load_state_dict(make_factor(2 * A).state_dict(), assign=assign)
+    torch.testing.assert_close(factor.mean_weight(), 2 * A, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Z_r", "Z_c", "raw_D_r", "raw_D_c", "raw_loc", "raw_prior_sd", "unit"])
+def test_follows_every_tensor(factor, name):
+    before = factor.mean_weight().clone()
+    getattr(factor, name).add_(0.1)
+    assert not torch.equal(factor.mean_weight(), before)
+    assert torch.equal(factor.mean_weight(), fresh(factor))
+
+
+@torch.no_grad()
+def test_follows_an_update_that_autograd_does_not_count(factor):
+    """``.data`` in place leaves the version counter alone; weight averaging writes so between two evaluations."""
+    factor.eval()
+    factor.mean_weight()
+    factor.train()
+    factor.raw_loc.data.mul_(2)
+    factor.eval()
+    assert torch.equal(factor.mean_weight(), fresh(factor))
+
+
+def test_made_in_inference_mode_serves_a_later_backward_to_the_input(factor):
+    factor.requires_grad_(False)
+    with torch.inference_mode():
+        factor.mean_weight()
+    x = torch.ones(1, WIDTH, requires_grad=True)
+    factor(x).sum().backward()
+    assert x.grad.any()
+
+
+@torch.no_grad()
+def test_is_not_copied_stale(factor):
+    factor.mean_weight()
+    twin = copy.deepcopy(factor)
+    twin.raw_loc.mul_(2)
+    assert torch.equal(twin.mean_weight(), fresh(twin))

@@ -1,0 +1,102 @@
+"""Merging the posterior mean into the base weights."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import bnn
+from bnn.layers import InducingFactor
+from bnn.sampler import active_factors
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def logits_of(model, ids: Tensor, **kwargs) -> Tensor:
+    return model(input_ids=ids, **kwargs).logits
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging_gives_the_mean_model(safe_merge, make_adapted, ids):
+    model = make_adapted()
+    mean = logits_of(model, ids)
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert not any(isinstance(m, InducingFactor) for m in merged.modules())
+    assert gap(logits_of(merged, ids), mean) < 1e-5
+
+
+def test_unmerging_restores_base_and_draws(make_adapted, make_llama, ids):
+    model = make_adapted()
+    mean = logits_of(model, ids)
+    with bnn.sample(model, 1, seeded()):
+        drawn = logits_of(model, ids)
+    model.merge_adapter()
+    assert gap(logits_of(model, ids), mean) < 1e-5
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert gap(logits_of(model, ids), logits_of(make_llama(), ids)) < 1e-6
+    with bnn.sample(model, 1, seeded()):
+        assert gap(logits_of(model, ids), drawn) < 1e-6
+
+
+def test_merging_inside_a_sample_is_refused(make_adapted, ids):
+    model = make_adapted()
+    with bnn.sample(model, 1, seeded()):
+        before = logits_of(model, ids)
+        for merge in (model.merge_adapter, model.merge_and_unload, model.unload):
+            with pytest.raises(ValueError, match="samples are live"):
+                merge()
+        assert torch.equal(logits_of(model, ids), before)
+
+
+def test_sampling_a_merged_model_is_refused(make_adapted):
+    """PEFT skips the factors of a merged layer, so every draw would silently be the mean."""
+    model = make_adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"), bnn.sample(model, 1, seeded()):
+        pass
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_output_head_leaves_the_embedding_alone(tied, make_llama, make_adapted, ids):
+    base = make_llama(tied=tied)
+    embedding = base.get_input_embeddings().weight.detach().clone()
+    model = make_adapted(base, target_modules=["lm_head", "q_proj"])
+    mean = logits_of(model, ids)
+    merged = model.merge_and_unload()
+    assert gap(logits_of(merged, ids), mean) < 1e-5
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    assert gap(merged.get_output_embeddings().weight, make_llama(tied=tied).get_output_embeddings().weight) > 1e-3
+
+
+def test_conv1d_target_of_gpt2(make_adapted, ids):
+    config = GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = GPT2LMHeadModel(config).double().eval()
+    expected = logits_of(base, ids)
+    settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    assert torch.equal(logits_of(make_adapted(base, start=True, **settings).unload(), ids), expected)
+    model = make_adapted(base, **settings)
+    assert {(f.spec.d_out, f.spec.d_in) for f in active_factors(model)} == {(4, 16), (48, 4)}
+    with bnn.sample(model, 2, seeded()):
+        tiled = logits_of(model, ids.repeat(2, 1))
+    with bnn.sample(model, 1, seeded()):
+        assert gap(tiled[: len(ids)], logits_of(model, ids)) < 1e-6
+    mean = logits_of(model, ids)
+    assert gap(mean, expected) > 1e-3
+    assert gap(logits_of(model.merge_and_unload(), ids), mean) < 1e-5
+
+
+def test_rank_pattern_and_rslora_reach_the_factors(make_adapted, ids):
+    model = make_adapted(rank_pattern={"v_proj": 2}, use_rslora=True)
+    assert {min(f.spec.d_out, f.spec.d_in) for f in active_factors(model)} == {2, 4}
+    mean = logits_of(model, ids)
+    assert gap(logits_of(model.merge_and_unload(), ids), mean) < 1e-5

@@ -1,0 +1,578 @@
+"""The entry point from end to end, on a random two-layer model: what a run writes, repeats, resumes and refuses."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from peft import PeftModel
+from torch import Tensor
+
+import train_script as ts
+from bnn.methods.base import trainable
+from utils.llm import load_model
+from utils.run import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBER = r"(?:-?\d+\.\d{4}|nan|inf)"
+HEADLINE = rf"NLL={NUMBER} \| ACC={NUMBER} \| ECE={NUMBER} \| BRIER={NUMBER}"
+WHERE = r"EP \d+ \| STEP \d+\] LR: \d\.\d{6}e[+-]\d\d"
+EVALUATION = re.compile(rf"\[{WHERE} {HEADLINE} \(split=validation, MC=(mean|\d+)\)")
+TRAINING = re.compile(rf"\[TRAIN {WHERE} LOSS=\S+ \| NLL=\S+ \| KL=\S+ \| BETA=\S+ \| \S+ ex/s")
+FINAL = re.compile(rf"\[FINAL\] {HEADLINE} \(split=(test), MC=(mean|zero_shot|\d+)\)")
+FAST = (
+    *("llm=tiny", "dset=jsonl", "dset.scoring=choice_sum", "device=cpu"),
+    *("llm.architecture.vocab_size=300", "llm.architecture.hidden_size=32", "peft.target_modules=[q_proj,v_proj]"),
+    *("train.batch_size=4", "train.epochs=2", "train.log_every=1", "eval.n_mc=3", "opt.lr=1e-2"),
+)
+Overrides = Callable[..., list[str]]
+
+
+def row(number: int) -> dict[str, Any]:
+    return {"id": f"q{number}", "question": f"{number} + 1 =", "choices": ["ten", str(number + 1), "no"], "answer": 1}
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """Runs set the handler of SIGINT and that of the root logger."""
+    handler, root = signal.getsignal(signal.SIGINT), logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    signal.signal(signal.SIGINT, handler)
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> Overrides:
+    """Command line of a run of 6 steps (12 examples, batches of 4, 2 epochs) in its own folder."""
+    files = {"train": range(12), "validation": range(20, 25), "test": range(30, 36)}
+    for split, numbers in files.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in numbers))
+    data = [f"dset.{split}_file={tmp_path / split}.jsonl" for split in files]
+
+    def make(*extra: str, folder: str = "run") -> list[str]:
+        return [*FAST, *data, f"paths.output_dir={tmp_path / folder}", *extra]
+
+    return make
+
+
+def compose(arguments: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return hydra.compose("train", arguments)
+
+
+def execute(arguments: list[str], changes: Callable[[ts.Run], None] = lambda run: None) -> ts.Run:
+    """What ``main`` does, in this process; ``changes`` may alter the run before it trains."""
+    run = ts.prepare(compose(arguments))
+    changes(run)
+    ts.finish(run, ts.train(run))
+    return run
+
+
+def parameters(run: ts.Run) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainable(run.model)}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(folder) if record["kind"] != "train"]
+
+
+def progressed(folder: Path) -> list[dict[str, Any]]:
+    records = [record for record in read_metrics(folder) if record["kind"] == "train"]
+    return [{k: v for k, v in record.items() if k != "examples_per_second"} for record in records]
+
+
+def predictions(folder: Path) -> np.ndarray:
+    return np.load(folder / "predictions_test_mc3.npz")["logits"]
+
+
+def failure(arguments: list[str]) -> str:
+    """The message ``launch`` exits with, run in this process as if train_script.py were the main module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_script.py", *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setattr(ts, "DEBUG", False)
+        patch.setenv("HYDRA_MAIN_MODULE", "__main__")
+        with pytest.raises(SystemExit) as stop:
+            ts.launch()
+    assert isinstance(stop.value.code, str), "a text makes Python exit with code 1"
+    return stop.value.code
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        command = [sys.executable, "train_script.py", *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+# What a run writes
+
+
+def test_a_run_writes_its_folder_and_documented_lines(tmp_path, overrides):
+    """As a process, with its output redirected, as the README shows it."""
+    log = tmp_path / "run.log"
+    assert start(overrides("eval.every_n_mc=2"), log).wait(120) == 0, log.read_text()
+    text, folder = log.read_text(), tmp_path / "run"
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "curves.png", "reliability.png", "reliability.json"}
+    files |= {"predictions_test_mc3.npz", "predictions_test_mcmean.npz", "adapter", "checkpoint"}
+    assert files <= {path.name for path in folder.iterdir()}
+
+    lines = [line for line in text.splitlines() if line.startswith("[")]
+    groups = {"[EP": EVALUATION, "[TRAIN": TRAINING, "[FINAL]": FINAL}
+    for line in lines:
+        assert groups[line.split(" ")[0]].fullmatch(line), line
+    assert len([line for line in lines if line.startswith("[EP")]) == 3  # before training, and after each epoch
+    assert [FINAL.fullmatch(line)[2] for line in lines if line.startswith("[FINAL]")] == ["zero_shot", "3", "mean"]
+    assert not re.search(r"[█▏▎▍▌▋▊▉\r\x1b]|it/s|\d%\|", text), "a progress bar in redirected output"
+    assert "Traceback" not in text
+
+    with np.load(folder / "predictions_test_mc3.npz") as saved:
+        assert saved["logits"].shape == (3, 6, 3)
+        assert saved["ids"].tolist() == [f"q{n}" for n in range(30, 36)]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert "llm=tiny" in environment["command"]
+
+    cfg = compose(overrides())
+    llm = {
+        key: value for key, value in ts.plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")
+    }
+    base = load_model(cache_dir=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **llm)
+    loaded = PeftModel.from_pretrained(base, folder / "adapter")
+    run = ts.prepare(compose(overrides(f"paths.output_dir={tmp_path / 'other'}")))
+    run.model = loaded
+    logits, _ = ts.logits_of(run, run.data.test, None, "test")
+    with np.load(folder / "predictions_test_mcmean.npz") as saved:
+        torch.testing.assert_close(logits, torch.from_numpy(saved["logits"]), rtol=0, atol=1e-5)
+
+
+# Repeating
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_differs(tmp_path, overrides):
+    first = execute(overrides(folder="first"))
+    torch.rand(5)  # the global generator stands elsewhere
+    again = execute(overrides(folder="again"))
+    other = execute(overrides("seed=1", folder="other"))
+    assert equal(parameters(first), parameters(again))
+    assert np.array_equal(predictions(tmp_path / "first"), predictions(tmp_path / "again"))
+    assert evaluations(tmp_path / "first") == evaluations(tmp_path / "again")
+    assert progressed(tmp_path / "first") == progressed(tmp_path / "again")
+    assert not equal(parameters(first), parameters(other))
+    assert not np.array_equal(predictions(tmp_path / "first"), predictions(tmp_path / "other"))
+
+
+# Resuming
+
+RESUMABLE = ("peft.lora_dropout=0.2", "eval.every=2", "train.n_mc=2", "train.checkpoint_every=1")
+
+
+def interrupt_after(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Let the run be interrupted during the given step, counted from 1."""
+    made, accumulate = [0], ts.accumulate
+
+    def counting(run: ts.Run, *arguments: Any) -> Any:
+        made[0] += 1
+        run.interrupted = made[0] == step
+        return accumulate(run, *arguments)
+
+    patch.setattr(ts, "accumulate", counting)
+
+
+@pytest.mark.parametrize(
+    ("step", "extra"),
+    [
+        (1, ()),  # within the first epoch
+        (3, ("eval.keep=best",)),  # where an epoch ends
+        (4, ("inducing.flow_depth=1", "inducing.flow_hidden=8")),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, overrides, monkeypatch, step, extra):
+    whole = execute(overrides(*RESUMABLE, *extra, folder="whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(step, patch)
+        with pytest.raises(KeyboardInterrupt, match=f"step {step}"):
+            execute(overrides(*RESUMABLE, *extra))
+    assert not (tmp_path / "run" / "adapter").exists()
+    torch.rand(3)
+    resumed = execute(overrides(*RESUMABLE, *extra, "resume=true"))
+    assert equal(parameters(whole), parameters(resumed))
+    assert evaluations(tmp_path / "whole") == evaluations(tmp_path / "run")
+    assert progressed(tmp_path / "whole") == progressed(tmp_path / "run")
+    assert np.array_equal(predictions(tmp_path / "whole"), predictions(tmp_path / "run"))
+
+
+def test_main_says_how_to_resume(tmp_path, overrides, monkeypatch):
+    interrupt_after(2, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        ts.main(compose(overrides()))
+    assert (
+        stop.value.code == f"interrupted: stopped after step 2; go on with resume=true paths.output_dir={tmp_path}/run"
+    )
+
+
+def test_resuming_a_finished_run_only_evaluates(tmp_path, overrides):
+    first = execute(overrides())
+    before = evaluations(tmp_path / "run")
+    assert equal(parameters(first), parameters(execute(overrides("resume=true"))))
+    assert evaluations(tmp_path / "run") == before
+
+
+def test_sigint_and_sigkill_then_resume(tmp_path, overrides):
+    """Two processes are stopped at the same time from outside; each is resumed in this one."""
+    many = ("train.epochs=10", "train.checkpoint_every=2", "eval.every=20")
+    running = {}
+    for name in ("sigint", "sigkill"):
+        running[name] = start(overrides(*many, folder=name), tmp_path / f"{name}.log")
+    for name, process in running.items():
+        wait_for(process, tmp_path / f"{name}.log", "[TRAIN EP 1 | STEP 3]")
+        process.send_signal(getattr(signal, name.upper()))
+    assert running["sigint"].wait(60) == 1, (tmp_path / "sigint.log").read_text()
+    assert running["sigkill"].wait(60) == -signal.SIGKILL
+    last = (tmp_path / "sigint.log").read_text().splitlines()[-1]
+    hint = re.fullmatch(r"interrupted: stopped after step (\d+); go on with resume=true paths.output_dir=(.*)", last)
+    assert hint, last
+    assert hint[2] == str(tmp_path / "sigint")
+    whole = execute(overrides(*many, folder="whole"))
+    for name in running:
+        assert len(progressed(tmp_path / name)) < 30, "the process was to be stopped before it had finished"
+        resumed = execute(overrides(*many, "resume=true", folder=name))
+        assert equal(parameters(whole), parameters(resumed)), name
+        assert evaluations(tmp_path / "whole") == evaluations(tmp_path / name)
+
+
+def test_resuming_with_another_key_names_it_and_changes_nothing(tmp_path, overrides, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(SystemExit):
+            ts.main(compose(overrides()))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    message = failure(overrides("opt.lr=0.5", "resume=true"))
+    assert_one_line(message)
+    assert "opt.lr is 0.01 there and 0.5 now" in message
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_existing_run_is_neither_overwritten_nor_mixed_up(tmp_path, overrides):
+    folder = tmp_path / "run"
+    assert "holds no checkpoint" in failure(overrides("resume=true"))
+    first = execute(overrides())
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert "already holds a run" in failure(overrides())
+    assert "contradict" in failure(overrides("resume=true", "overwrite=true"))
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    (folder / "notes.txt").write_text("the user's own")
+    run = ts.prepare(compose(overrides("overwrite=true", "eval.n_mc=2", "seed=3")))
+    assert not (folder / "checkpoint").exists(), "a killed run must not be resumed from the one it replaced"
+    assert not (folder / "predictions_test_mc3.npz").exists()
+    ts.finish(run, ts.train(run))
+    assert (folder / "notes.txt").exists()
+    assert not equal(parameters(first), parameters(run))
+    assert len(evaluations(folder)) == 6  # 3 during training, 3 at the end: none of the first run's
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, overrides):
+    execute(overrides("train.max_steps=1"))
+    file = tmp_path / "run" / "checkpoint" / "state.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    message = failure(overrides("train.max_steps=1", "resume=true"))
+    assert_one_line(message)
+    assert str(file) in message
+    assert "damaged" in message
+
+
+# Training
+
+
+def gradient(arguments: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    run = ts.prepare(compose(arguments))
+    per_step = run.cfg.train.batch_size * run.cfg.train.grad_accum
+    with torch.no_grad():  # LoRA starts at B = 0, where A has no gradient
+        for number, (_, parameter) in enumerate(trainable(run.model)):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.1 * noise)
+    loss = ts.accumulate(run, ts.nth_batch(run.data.train, per_step, 0, 0, 0), 1.0)
+    return loss.loss, {name: p.grad.clone() for name, p in trainable(run.model)}
+
+
+def test_gradient_accumulation_equals_one_batch(overrides):
+    whole_loss, whole = gradient(overrides("method=mle", folder="a"))
+    parts_loss, parts = gradient(overrides("method=mle", "train.batch_size=2", "train.grad_accum=2", folder="b"))
+    uneven_loss, _ = gradient(overrides("method=mle", "train.batch_size=3", folder="c"))
+    torch.testing.assert_close(parts_loss, whole_loss, rtol=0, atol=1e-6)
+    assert all(float(g.abs().max()) > 1e-4 for g in whole.values())
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6)
+    assert abs(float(uneven_loss - whole_loss)) > 1e-5  # the comparison can fail
+
+
+def test_a_smaller_last_micro_batch_weighs_by_its_size(overrides):
+    run = ts.prepare(compose(overrides("method=mle", "train.batch_size=3", "train.grad_accum=2")))
+    examples = run.data.train[:4]
+    split = ts.accumulate(run, examples, 1.0).loss
+    run.cfg.train.batch_size = 4
+    torch.testing.assert_close(split, ts.accumulate(run, examples, 1.0).loss, rtol=0, atol=1e-6)
+
+
+def nan_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """The scores of the given training forward, counted from 1, become nan."""
+    made, score = [0], ts.score
+
+    def broken(model: Any, batch: Any) -> Tensor:
+        made[0] += model.training
+        return score(model, batch) * (float("nan") if model.training and made[0] == step else 1.0)
+
+    patch.setattr(ts, "score", broken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, overrides, monkeypatch):
+    nan_at(2, monkeypatch)
+    message = failure(overrides())
+    assert_one_line(message)
+    assert "loss nan" in message
+    assert "step 2" in message
+    named = set(re.findall(r"\bq\d+\b", message))
+    assert len(named) == 4
+    assert named <= {f"q{n}" for n in range(12)}
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path, overrides, monkeypatch, caplog):
+    nan_at(2, monkeypatch)
+    caplog.set_level(logging.WARNING)
+    run = execute(overrides("train.on_nonfinite=skip"))
+    assert all(torch.isfinite(p).all() for p in parameters(run).values())
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert [record["skipped"] for record in records] == [0, 1, 1, 1, 1, 1]
+    assert records[1]["nll"] is None
+    assert re.search(r"skipped: loss nan.* step 2, examples q", caplog.text)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(overrides):
+    def poison(run: ts.Run) -> None:
+        next(p for _, p in trainable(run.model)).register_hook(lambda g: g * float("nan"))
+
+    untrained = ts.prepare(compose(overrides(folder="untrained")))
+    assert equal(parameters(untrained), parameters(execute(overrides("train.on_nonfinite=skip"), poison)))
+    with pytest.raises(FloatingPointError, match="gradient norm nan at step 1, examples q"):
+        execute(overrides(folder="stopped"), poison)
+
+
+def test_clipping_bounds_the_step(overrides, monkeypatch):
+    norms = {}
+    for limit in ("null", "1e-3"):
+        run = ts.prepare(compose(overrides(f"train.max_grad_norm={limit}", "train.max_steps=1", folder=limit)))
+
+        def see(limit: str = limit, run: ts.Run = run) -> None:
+            norms[limit] = float(torch.stack([p.grad.norm() for _, p in trainable(run.model)]).norm())
+
+        monkeypatch.setattr(run.optimizer, "step", see)
+        ts.train(run)
+    assert norms["1e-3"] == pytest.approx(1e-3, rel=1e-3)
+    assert norms["null"] > 1e-2
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("method=mle", "opt.weight_decay=0.1"),
+        ("train.n_mc=2", "train.grad_accum=2"),
+        ("inducing.family=matrix_normal",),
+        ("inducing.family=full", "inducing.whitened=false"),
+        ("inducing.family=ensemble", "inducing.members=2"),
+        ("inducing.flow_depth=1", "inducing.flow_hidden=8"),
+        ("inducing.conditional_noise=false", "train.beta_warmup=0.5"),
+        ("opt.schedule=cosine", "train.max_grad_norm=1.0", "dset.scoring=choice_mean"),
+        ("opt.schedule=constant", "llm.gradient_checkpointing=true"),
+    ],
+    ids=" ".join,
+)
+def test_variants_train_two_steps(tmp_path, overrides, extra):
+    start = parameters(ts.prepare(compose(overrides(*extra, folder="start"))))
+    run = execute(overrides(*extra, "train.max_steps=2"))
+    moved = [not torch.equal(start[name], p) for name, p in parameters(run).items()]
+    assert sum(moved) > len(moved) / 2
+    assert all(torch.isfinite(p).all() for p in parameters(run).values())
+    final = [record["mc"] for record in read_metrics(tmp_path / "run") if record["kind"] == "final"]
+    assert final == (["zero_shot", "mean"] if "method=mle" in extra else ["zero_shot", 3, "mean"])
+
+
+def test_the_quiz_trains_and_reports_its_held_out_category(tmp_path, overrides):
+    few = [f"dset.{split}_subset=6" for split in ("train", "validation", "test")]
+    arguments = [
+        a for a in overrides(*few, "train.max_steps=1", "eval.every=none") if not re.match(r"dset\.\w+_file", a)
+    ]
+    execute([*arguments, "dset=quiz"])
+    splits = {record["split"] for record in read_metrics(tmp_path / "run") if record["kind"] == "final"}
+    assert splits == {"test", "ood:quiz_ood"}
+    assert (tmp_path / "run" / "predictions_ood_quiz_ood_mc3.npz").exists()
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [("2", [0, 2, 4, 6]), ("4", [0, 4, 6]), ("epoch", [0, 3, 6]), ("none", [])]
+)
+def test_evaluations_during_training(tmp_path, overrides, every, steps):
+    run = ts.prepare(compose(overrides(f"eval.every={every}", "eval.every_n_mc=2", "eval.split=train")))
+    ts.train(run)
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
+    assert [record["step"] for record in records] == steps
+    assert {(record["split"], record["mc"]) for record in records} <= {("train", 2)}
+
+
+def test_keep_best_saves_the_parameters_of_the_lowest_nll(tmp_path, overrides):
+    arguments = overrides("eval.keep=best", "eval.every=1", "opt.lr=0.3", "opt.schedule=constant")
+    run = ts.prepare(compose(arguments))
+    step = ts.train(run)
+    last = parameters(run)
+    ts.finish(run, step)
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
+    best = min(records, key=lambda record: record["nll"])
+    assert best["step"] < 6, "with so large a learning rate the last step is not the best"
+    assert run.best["step"] == best["step"]
+    assert not equal(last, parameters(run))
+    metrics = ts.evaluate_predictions(*ts.logits_of(run, run.data.validation, None, "x"))
+    assert metrics["nll"] == pytest.approx(best["nll"], abs=1e-6)
+
+
+def test_evaluation_without_training_data(tmp_path, overrides):
+    arguments = [a for a in overrides() if not a.startswith(("dset.train_file", "dset.validation_file"))]
+    execute(arguments)
+    assert {record["kind"] for record in read_metrics(tmp_path / "run")} == {"final"}
+    assert (tmp_path / "run" / "reliability.png").exists()
+
+
+def test_tokens_per_forward_and_batch_size_do_not_change_predictions(overrides):
+    run = execute(overrides("train.max_steps=2", "eval.every=none"))
+    results = []
+    for tokens, batch_size in ((100_000, 32), (1, 32), (100_000, 2)):
+        run.cfg.eval.max_tokens_per_forward, run.cfg.eval.batch_size = tokens, batch_size
+        results.append(ts.logits_of(run, run.data.test, 5, "test")[0])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-5)
+    assert float(results[0].std(0).max()) > 1e-4, "the samples differ"
+    reverse = ts.logits_of(run, run.data.test[::-1], 5, "test")[0]
+    torch.testing.assert_close(reverse.flip(1), results[0], rtol=0, atol=1e-5)  # in the order of the examples
+
+
+# Bad input
+
+
+def assert_one_line(message: str) -> None:
+    assert message.startswith("error: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("dset=arx", "no such file in configs/dset; did you mean arc_e or arc_c"),
+        ("method=spg", "did you mean sgp"),
+        ("train.epoch=3", "unknown key train.epoch.*did you mean train.epochs"),
+        ("inducing.familly=full", "did you mean inducing.family"),
+        ("foo=1", "unknown key foo"),
+        ("seed", "seed"),
+        ("+inducing.foo=1", "foo"),
+        ("+method.factory.foo=1", "foo"),
+        ("+peft.rr=1", "rr"),
+        ("llm.name_or_path=/no/such/folder llm.random_init=false", "no folder /no/such/folder"),
+        ("peft.target_modules=[q_prj]", "'q_prj' matches no linear layer.*q_proj"),
+        ("peft.target_modules=q_proj", r"expected a list such as \[q_proj,v_proj\]"),
+        ("inducing.family=diagnal", "diagonal"),
+        ("opt.weight_decay=0.1", "weight_decay"),
+        ("dset.scoring=label", "label scoring needs 1"),
+        ("dset.scoring=lable", "did you mean label"),
+        ("dset.max_length=5", "example 'q0' is too long"),
+        ("dset.train_file=/no/such.jsonl", "dset.train_file=/no/such.jsonl does not exist"),
+        ("dset.schema=jsonn", "did you mean jsonl"),
+        ("device=gpu", "unknown device 'gpu'"),
+        ("dtype=float31", "did you mean 'float32'"),
+        ("train.batch_size=0", "train.batch_size=0: expected a whole number, at least 1"),
+        ("train.batch_size=-2", "train.batch_size=-2: expected"),
+        ("train.batch_size=2.5", "train.batch_size=2.5: expected"),
+        ("train.batch_size=null", "train.batch_size=None: expected"),
+        ("train.grad_accum=0", "train.grad_accum=0: expected"),
+        ("train.epochs=0", "train.epochs=0: expected"),
+        ("train.max_steps=0", r"train.max_steps=0: expected .*\(or null\)"),
+        ("train.n_mc=0", "train.n_mc=0: expected"),
+        ("train.log_every=0", "train.log_every=0: expected"),
+        ("train.beta=-1", "train.beta=-1: expected a number"),
+        ("train.beta_warmup=2", "train.beta_warmup=2: expected a number in"),
+        ("train.max_grad_norm=0", "train.max_grad_norm=0: expected"),
+        ("train.on_nonfinite=ignore", "unknown train.on_nonfinite=ignore.*error, skip"),
+        ("eval.n_mc=0", "eval.n_mc=0: expected"),
+        ("eval.every_n_mc=0", "eval.every_n_mc=0: expected"),
+        ("eval.batch_size=0", "eval.batch_size=0: expected"),
+        ("eval.max_tokens_per_forward=0", "eval.max_tokens_per_forward=0: expected"),
+        ("eval.every=0", "eval.every=0: expected"),
+        ("eval.every=epochs", "eval.every=epochs: expected"),
+        ("eval.split=valid", "unknown eval.split=valid.*validation"),
+        ("eval.keep=first", "unknown eval.keep=first"),
+        ("eval.keep=best eval.every=none", "eval.every=none makes none"),
+        ("opt.lr=0", "opt.lr=0: expected a number"),
+        ("opt.lr=fast", "opt.lr=fast: expected a number"),
+        ("opt.lr=nan", "opt.lr=nan: expected a number"),
+        ("opt.schedule=liner", "unknown opt.schedule=liner.*linear"),
+        ("seed=-1", "seed"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(tmp_path, overrides, change, expected):
+    message = failure(overrides(*change.split(" ")))
+    assert_one_line(message)
+    assert re.search(expected, message), message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(tmp_path, overrides):
+    message = failure(overrides("device=cuda"))
+    assert_one_line(message)
+    assert "no GPU" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, overrides):
+    file = tmp_path / "train.jsonl"
+    lines = file.read_text().splitlines()
+    for broken, expected in (("{not json", "not valid JSON"), ('{"question": "x"}', "choices")):
+        file.write_text("\n".join([*lines[:2], broken, *lines[3:]]) + "\n")
+        message = failure(overrides())
+        assert_one_line(message)
+        assert f"{file}:3: " in message
+        assert expected in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
+    log = tmp_path / "log"
+    assert start(overrides("train.epoch=3"), log).wait(60) == 1
+    assert log.read_text().splitlines() == [failure(overrides("train.epoch=3"))]

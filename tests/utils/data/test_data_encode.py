@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from utils.data.encode import Encoder
+from utils.data.example import Choice, DataError, Example
+from utils.data.order import batches, epoch_generator, length_sorted
+
+
+def labelled(*labels: str, id: str = "x", prompt: str = "the cat") -> Example:
+    return Example(id, prompt, tuple(Choice(label) for label in labels), 0)
+
+
+def test_choice_tokens_are_what_they_add_to_the_prompt(tokenizer, bos_tokenizer, examples):
+    plain, with_bos = (Encoder(t, "choice_sum", 99).encode(examples[1]) for t in (tokenizer, bos_tokenizer))
+    whole = "the dog and the cat it was tired."
+    assert tokenizer.decode(plain.prompt + plain.choices[0]) == whole
+    assert tokenizer.decode(plain.choices[0][plain.unscored[0] :]) == " was tired."
+    assert with_bos.prompt == [bos_tokenizer.bos_token_id, *plain.prompt]
+    assert with_bos.choices == plain.choices
+
+
+def test_choice_that_merges_with_the_prompt_is_encoded_by_itself(tokenizer):
+    encoded = Encoder(tokenizer, "choice_sum", 99).encode(labelled("t", "s", prompt="the ca"))
+    assert tokenizer.decode(encoded.choices[0]) == "t"
+
+
+def test_empty_prompt_still_has_a_position_to_predict_from(tokenizer, bos_tokenizer):
+    example = Example("x", "", (Choice(" sat", "the cat"), Choice(" sat", "the dog")), 0)
+    assert len(Encoder(tokenizer, "choice_sum", 99).encode(example).prompt) == 1
+    assert Encoder(bos_tokenizer, "choice_sum", 99).encode(example).prompt == [bos_tokenizer.bos_token_id]
+
+
+def test_multi_token_label_is_an_error_in_label_scoring_only(tokenizer):
+    example = labelled(" yes", " perhaps", id="row-7")
+    with pytest.raises(DataError, match=r"'row-7': label ' perhaps' is \d+ tokens.*dset.labels"):
+        Encoder(tokenizer, "label", 99).check([example])
+    assert Encoder(tokenizer, "choice_sum", 99).check([example]) == [example]
+
+
+def test_labels_that_share_a_token_are_an_error(tokenizer):
+    with pytest.raises(DataError, match="same token"):
+        Encoder(tokenizer, "label", 99).check([labelled(" yes", " no", " yes")])
+
+
+def test_too_long_names_example_length_limit_and_remedy(tokenizer, caplog):
+    short, long = labelled(" yes", " no"), labelled(" yes", " no", id="big", prompt="the cat" * 9)
+    length = Encoder(tokenizer, "label", 99).length(long)
+    with pytest.raises(DataError, match=rf"'big' is too long: {length} tokens, limit 5; raise dset.max_length"):
+        Encoder(tokenizer, "label", 5).check([short, long])
+    assert Encoder(tokenizer, "label", 5, too_long="drop").check([short, long]) == [short]
+    assert "dropped 1 of 2" in caplog.text
+    assert Encoder(tokenizer, "label", length).check([short, long]) == [short, long]
+
+
+def test_wrong_settings_are_errors(tokenizer):
+    with pytest.raises(DataError, match="did you mean choice_mean"):
+        Encoder(tokenizer, "choice_means", 9)
+    with pytest.raises(DataError, match="error or drop"):
+        Encoder(tokenizer, "label", 9, too_long="cut")
+    with pytest.raises(DataError, match="max_length is 0"):
+        Encoder(tokenizer, "label", 0)
+
+
+def test_example_rejects_answers_out_of_range_and_empty_choices():
+    with pytest.raises(DataError, match="answer 2"):
+        Example("x", "p", (Choice("a"), Choice("b")), 2)
+    with pytest.raises(DataError, match="no text"):
+        Example("x", "p", (Choice("a"), Choice("")), 0)
+    with pytest.raises(DataError, match="at least 2"):
+        Example("x", "p", (Choice("a"),), 0)
+
+
+def test_order_of_an_epoch_depends_on_seed_and_epoch_only():
+    examples = [labelled(" yes", " no", id=str(i)) for i in range(20)]
+
+    def visit(seed: int, epoch: int) -> list[list[str]]:
+        return [[e.id for e in batch] for batch in batches(examples, 6, epoch_generator(seed, epoch))]
+
+    assert visit(0, 3) == visit(0, 3)
+    assert visit(0, 3) != visit(0, 4)
+    assert visit(0, 3) != visit(1, 3)
+    assert [len(batch) for batch in visit(0, 0)] == [6, 6, 6, 2]
+    assert sorted(i for batch in visit(5, 1) for i in batch) == sorted(str(i) for i in range(20))
+    assert [e.id for batch in batches(examples, 6) for e in batch] == [str(i) for i in range(20)]
+
+
+def test_length_sorted_restores_the_original_order():
+    examples = [labelled(" yes", " no", id=str(i)) for i in range(7)]
+    lengths = [3, 9, 1, 9, 4, 2, 8]
+    results, seen = np.full(7, -1), []
+    for indices, batch in length_sorted(examples, lengths, 3):
+        results[indices] = [int(e.id) for e in batch]
+        seen += [lengths[i] for i in indices]
+    assert results.tolist() == list(range(7))
+    assert seen == sorted(lengths, reverse=True)

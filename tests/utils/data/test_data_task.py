@@ -1,0 +1,218 @@
+from pathlib import Path
+
+import datasets
+import pytest
+from omegaconf import OmegaConf
+
+from utils.data import source
+from utils.data.example import DataError
+from utils.data.task import TaskConfig, load_task
+
+CONFIG_DIR = Path(__file__).parents[3] / "configs" / "dset"
+SHIPPED = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml") if file.stem != "base")
+
+
+def dset(name: str, **changes) -> dict:
+    merged = OmegaConf.merge(*(OmegaConf.load(CONFIG_DIR / f"{file}.yaml") for file in ("base", name)), changes)
+    values = OmegaConf.to_container(merged, resolve=True)
+    values.pop("defaults")
+    return values
+
+
+def sst2(start: int, stop: int, label: int | None = None) -> list[dict]:
+    return [{"sentence": f"film {i}", "label": i % 2 if label is None else label} for i in range(start, stop)]
+
+
+def ids(examples) -> list[str]:
+    return [example.prompt for example in examples]
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr(source, "hub_reachable", lambda endpoint: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def full(tmp_path, write_rows):
+    for split, rows in {"train": sst2(0, 50), "validation": sst2(50, 60), "test": sst2(60, 80)}.items():
+        write_rows(f"glue/sst2/{split}.jsonl", rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_is_complete(name):
+    config = TaskConfig.from_dict(dset(name))
+    assert config.name == name
+    assert all(isinstance(label, str) for label in config.labels)  # an unquoted yes or no would be a bool
+
+
+def test_local_splits_are_taken_as_they_are(full):
+    task = load_task(dset("sst2"), full, seed=0)
+    assert (len(task.train), len(task.validation), len(task.test)) == (50, 10, 20)
+    assert any("test.jsonl (20)" in note for note in task.notes)
+
+
+def test_hidden_test_labels_make_validation_the_test_and_carve_from_train(full, write_rows):
+    write_rows("glue/sst2/test.jsonl", sst2(60, 80, label=-1))
+    task = load_task(dset("sst2"), full, seed=0)
+    assert ids(task.test) == [f"Review: film {i}\nSentiment:" for i in range(50, 60)]
+    assert (len(task.train), len(task.validation)) == (45, 5)
+    assert not set(ids(task.train)) & set(ids(task.validation))
+    again, other = load_task(dset("sst2"), full, seed=0), load_task(dset("sst2"), full, seed=1)
+    assert again.validation == task.validation
+    assert other.validation != task.validation
+    assert other.test == task.test
+    assert any("carved" in note for note in task.notes)
+
+
+def test_validation_is_carved_where_only_train_and_test_exist(full):
+    (full / "glue/sst2/validation.jsonl").unlink()
+    task = load_task(dset("sst2", validation_fraction=0.2), full, seed=0)
+    assert (len(task.train), len(task.validation), len(task.test)) == (40, 10, 20)
+
+
+def test_no_labelled_split_to_test_on(full, write_rows):
+    (full / "glue/sst2/validation.jsonl").unlink()
+    write_rows("glue/sst2/test.jsonl", sst2(60, 80, label=-1))
+    with pytest.raises(DataError, match="neither a labelled test"):
+        load_task(dset("sst2"), full, seed=0)
+
+
+def test_partly_hidden_labels_are_an_error(full, write_rows):
+    write_rows("glue/sst2/test.jsonl", [*sst2(60, 63), *sst2(63, 64, label=-1)])
+    with pytest.raises(DataError, match=r"test.jsonl: 1 of 4 rows have no answer \(first: test-3\)"):
+        load_task(dset("sst2"), full, seed=0)
+
+
+@pytest.mark.parametrize("scoring", ["label", "choice_mean"])
+def test_questions_repeated_between_splits_are_removed_from_train(tmp_path, write_rows, scoring):
+    def row(i: int, flip: bool = False) -> dict:
+        text, key = [["x", "y"], ["y", "x"]][flip], "BA"[flip]
+        return {
+            "id": f"{i}{flip}",
+            "question": f"q{i}",
+            "choices": {"label": ["A", "B"], "text": text},
+            "answerKey": key,
+        }
+
+    write_rows("ai2_arc/ARC-Easy/train.jsonl", [row(i) for i in range(6)])
+    write_rows("ai2_arc/ARC-Easy/validation.jsonl", [row(1, flip=True), row(7)])
+    write_rows("ai2_arc/ARC-Easy/test.jsonl", [row(0, flip=True), row(7), row(8)])
+    task = load_task(dset("arc_e", scoring=scoring), tmp_path, seed=0)
+    assert [e.id for e in task.train] == [f"{i}False" for i in range(2, 6)]
+    assert [e.id for e in task.validation] == ["1True"]
+    assert len(task.test) == 3
+    assert any("1 from validation, 2 from train" in note for note in task.notes)
+
+
+def test_subsets_are_seeded_and_limited(full):
+    small = dset("sst2", train_subset=10, test_subset=3)
+    task = load_task(small, full, seed=0)
+    assert (len(task.train), len(task.validation), len(task.test)) == (10, 10, 3)
+    assert load_task(small, full, seed=0).train == task.train
+    assert load_task(small, full, seed=1).train != task.train
+    with pytest.raises(DataError, match=r"dset.train_subset is 51, but 50"):
+        load_task(dset("sst2", train_subset=51), full, seed=0)
+    with pytest.raises(DataError, match=r"dset.test_subset is 0"):
+        load_task(dset("sst2", test_subset=0), full, seed=0)
+
+
+def test_ood_split_is_loaded_or_noted_as_absent(tmp_path, write_rows):
+    write_rows("nyu-mll/glue/cola/train.jsonl", sst2(0, 20))
+    write_rows("nyu-mll/glue/cola/validation.jsonl", sst2(20, 30))
+    without_ood = load_task(dset("cola"), tmp_path, seed=0)
+    assert without_ood.ood == {}
+    assert any("cola_ood" in note and "left out" in note for note in without_ood.notes)
+    write_rows("nyu-mll/glue/cola/validation_ood.jsonl", sst2(100, 104))
+    assert len(load_task(dset("cola"), tmp_path, seed=0).ood["cola_ood"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"sentence": "s", "label": 2}', "answer 2 is not in 0..1"),
+        ('{"label": 1}', "'sentence' is missing"),
+    ],
+)
+def test_malformed_rows_name_file_and_line(full, line, message):
+    file = full / "glue/sst2/train.jsonl"
+    file.write_text('{"sentence": "ok", "label": 1}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"train\.jsonl:3: .*{message}"):
+        load_task(dset("sst2"), full, seed=0)
+
+
+def test_missing_choices_key_names_file_and_line(tmp_path, write_rows):
+    write_rows("ai2_arc/ARC-Easy/test.jsonl", [{"id": "1", "question": "q", "answerKey": "A"}])
+    with pytest.raises(DataError, match=r"test\.jsonl:1: malformed row \(KeyError: 'choices'\)"):
+        load_task(dset("arc_e"), tmp_path, seed=0)
+
+
+def test_missing_data_says_what_was_looked_for(tmp_path, no_hub):
+    with pytest.raises(DataError, match=r"no train\|validation\|test.jsonl in .*boolq.* cannot be reached; put"):
+        load_task(dset("boolq"), tmp_path, seed=0)
+
+
+def test_offline_mode_asks_the_cache_without_a_probe(tmp_path, monkeypatch):
+    def load_dataset(path, config):
+        assert (path, config) == ("google/boolq", None)
+        row = {"question": "q", "passage": "p", "answer": True}
+        numbered = [{**row, "question": f"q{i}"} for i in range(20)]
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_list(numbered), validation=datasets.Dataset.from_list([row])
+        )
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(source, "hub_reachable", lambda endpoint: pytest.fail("probed although offline"))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task(dset("boolq"), tmp_path, seed=0)
+    assert (len(task.train), len(task.validation), len(task.test)) == (18, 2, 1)
+    assert task.test[0].prompt == "p\nQuestion: q?\nAnswer:"
+    assert task.test[0].answer == 1
+    assert any("hub google/boolq train" in note for note in task.notes)
+
+
+def test_hub_errors_become_one_line(tmp_path, monkeypatch):
+    def load_dataset(path, config):
+        raise FileNotFoundError("no such data set\nlong story")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"the hub gave no google/boolq.*: no such data set; put") as caught:
+        load_task(dset("boolq"), tmp_path, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_user_files(write_rows):
+    rows = [{"question": f"q{i}", "choices": ["x", "y"], "answer": "x", "category": "c"} for i in range(12)]
+    train, test = write_rows("a.jsonl", rows[:10]), write_rows("b.jsonl", rows[10:])
+    task = load_task(dset("jsonl", train_file=str(train), test_file=str(test)), ".", seed=0)
+    assert (len(task.train), len(task.validation), len(task.test)) == (9, 1, 2)
+    assert task.test[0].category == "c"
+    evaluation = load_task(dset("jsonl", test_file=str(test)), ".", seed=0)
+    assert (evaluation.train, len(evaluation.test)) == ([], 2)
+
+
+def test_user_files_missing_or_unset(tmp_path):
+    with pytest.raises(DataError, match=r"dset.test_file=.*gone.jsonl does not exist"):
+        load_task(dset("jsonl", test_file=str(tmp_path / "gone.jsonl")), ".", seed=0)
+    with pytest.raises(DataError, match="none is set"):
+        load_task(dset("jsonl"), ".", seed=0)
+
+
+def test_unknown_and_missing_settings(full):
+    with pytest.raises(DataError, match=r"dset.train_subsett; did you mean train_subset"):
+        load_task({**dset("sst2"), "train_subsett": 3}, full, seed=0)
+    with pytest.raises(DataError, match="did you mean label"):
+        load_task(dset("sst2", scoring="labels"), full, seed=0)
+    with pytest.raises(DataError, match="did you mean sst2"):
+        load_task(dset("sst2", schema="sst-2"), full, seed=0)
+    with pytest.raises(DataError, match=r"incomplete.*name"):
+        load_task({"schema": "sst2"}, full, seed=0)
+    with pytest.raises(DataError, match=r"dset.splits.tset"):
+        load_task(dset("sst2", splits={"tset": "test"}), full, seed=0)
+    (full / "glue/sst2/validation.jsonl").unlink()
+    with pytest.raises(DataError, match=r"validation_fraction is 1.0"):
+        load_task(dset("sst2", validation_fraction=1.0), full, seed=0)
