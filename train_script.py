@@ -6,24 +6,23 @@ Reads from top to bottom: main -> prepare -> train -> finish. A *run* owns every
 does; a *sample* is drawn by ``method.sample`` once per forward pass and lives until its context ends.
 """
 
-import difflib
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from hydra.errors import HydraException, MissingConfigException
+import transformers
+from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftModel
 from torch import Tensor, nn
@@ -35,42 +34,24 @@ from bnn.objective import Loss, beta_at, learning_rate_at, negative_elbo
 from bnn.predictive import predict
 from utils.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from utils.data.batch import Batch, choice_scores
-from utils.data.encode import Encoder
-from utils.data.example import Example, TaskData, near_matches
+from utils.data.encode import Encoder, checked
+from utils.data.example import Example, TaskData
 from utils.data.model_limits import position_limit
-from utils.data.order import batches, epoch_generator, length_sorted
+from utils.data.order import batches, length_sorted, nth_batch
 from utils.data.task import load_task
 from utils.llm import load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.plots import plot_curves, plot_reliability
 from utils.run import RunLogger, check_disk, environment_record, progress, save_predictions, write_json_atomic
 from utils.seeding import make_generator, seed_all
+from utils.settings import check, fingerprint, one_line, plain
 
 logger = logging.getLogger("train")
 
-FREE_DISK_BYTES = 200 * 2**20
-"""What a run folder may need: adapter, checkpoint and predictions of the largest supported setting."""
-NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
-"""Keys that may change when a run is resumed."""
 WRITTEN = ("adapter", "checkpoint", "predictions_*.npz", "reliability.*", "curves.png")
 """What overwrite=true removes from a run's folder; the rest is written over at once."""
-COUNTS = (
-    *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
-    *("train.log_every", "train.checkpoint_every"),
-    *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
-)
-MAY_BE_NULL = ("train.max_steps", "eval.every_n_mc", "train.max_grad_norm")
-RANGES = {
-    "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm"), (5e-324, float("inf"))),
-    **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
-    **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),
-}
-NAMES = {
-    "train.on_nonfinite": ("error", "skip"),
-    "eval.split": ("train", "validation", "test"),
-    "eval.keep": ("last", "best"),
-    "opt.schedule": ("linear", "cosine", "constant"),
-}
+CONFIGS = Path(__file__).resolve().parent / "configs"
+FREE_DISK_BYTES = 200 * 2**20
+"""What a run folder may need: adapter, checkpoint and predictions of the largest supported setting."""
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException, HydraException)
 
@@ -98,34 +79,6 @@ class Run:
 def score(model: nn.Module, batch: Batch) -> Tensor:
     """Unnormalised log-scores of the choices, (rows, C)."""
     return choice_scores(model(**batch.model_inputs()).logits, batch)
-
-
-def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
-    """A configuration group as plain values."""
-    return OmegaConf.to_container(cfg, resolve=resolve)  # type: ignore[return-value]
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuse values that would fail, or mislead, only once training runs. Raises ValueError naming the key."""
-    for key in (*COUNTS, *RANGES):
-        value = OmegaConf.select(cfg, key)
-        low, high = RANGES.get(key, (1, sys.maxsize))
-        kinds = (int,) if key in COUNTS else (int, float)
-        if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
-            wanted = f"a whole number, at least {low}" if key in COUNTS else f"a number in [{low:.3g}, {high:.3g}]"
-            raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
-    for key, known in NAMES.items():
-        if (value := OmegaConf.select(cfg, key)) not in known:
-            raise ValueError(f"unknown {key}={value}; {near_matches(str(value), known)}")
-    every = cfg.eval.every
-    if every not in ("epoch", "none") and not (type(every) is int and every > 0):
-        raise ValueError(f"eval.every={every}: expected epoch, none or a number of steps, at least 1")
-    if cfg.eval.keep == "best" and every == "none":
-        raise ValueError("eval.keep=best chooses among evaluations, but eval.every=none makes none: set one of them")
-    if not isinstance(cfg.peft.target_modules, ListConfig):
-        raise ValueError(f"peft.target_modules={cfg.peft.target_modules}: expected a list such as [q_proj,v_proj]")
-    if cfg.resume and cfg.overwrite:
-        raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
 
 
 def prepare(cfg: DictConfig) -> Run:
@@ -167,13 +120,6 @@ def prepare(cfg: DictConfig) -> Run:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1)
     return Run(cfg, folder, device, method, model, encoder, data, generator, optimizer, log, resumed)
-
-
-def checked(data: TaskData, encoder: Encoder, limit: int | None) -> TaskData:
-    """The task without what ``Encoder.check`` drops."""
-    train, validation, test = (encoder.check(split, limit) for split in (data.train, data.validation, data.test))
-    ood = {name: encoder.check(examples, limit) for name, examples in data.ood.items()}
-    return replace(data, train=train, validation=validation, test=test, ood=ood)
 
 
 def train(run: Run) -> int:
@@ -233,12 +179,6 @@ def train(run: Run) -> int:
     return total
 
 
-def nth_batch(examples: list[Example], size: int, seed: int, epoch: int, index: int) -> list[Example]:
-    """Examples of one optimiser step: a function of (seed, epoch, index), so that a resumed run sees the same."""
-    order = epoch_generator(seed, epoch).permutation(len(examples))
-    return [examples[i] for i in order[index * size : (index + 1) * size]]
-
-
 def accumulate(run: Run, examples: list[Example], beta: float) -> Loss:
     """Backward over the micro-batches of one optimiser step, each under its own draw; returns the mean loss."""
     parts = []
@@ -279,7 +219,7 @@ def evaluate_during(run: Run, epoch: int, step: int, lr: float) -> None:
     cfg = run.cfg.eval
     logits, answer = logits_of(run, getattr(run.data, cfg.split), cfg.every_n_mc, f"step {step}")
     metrics = evaluate_predictions(logits, answer)
-    mc = "mean" if cfg.every_n_mc is None else cfg.every_n_mc
+    mc = cfg.every_n_mc if cfg.every_n_mc and run.method.stochastic else "mean"
     run.log.evaluation(epoch=epoch, step=step, lr=lr, split=cfg.split, mc=mc, metrics=metrics)
     if cfg.keep == "best" and metrics["nll"] < run.best.get("nll", float("inf")):
         parameters = {name: p.detach().clone() for name, p in trainable(run.model)}
@@ -295,37 +235,26 @@ def finish(run: Run, step: int) -> None:
             for name, parameter in trainable(run.model):
                 parameter.copy_(run.best["parameters"][name])
     run.model.save_pretrained(run.folder / "adapter", save_embedding_layers=False)
-    modes: dict[str, int | None] = {"mean": None}
-    if run.method.stochastic:
-        modes = {str(cfg.eval.n_mc): cfg.eval.n_mc} | modes
+    modes: list[int | str] = [cfg.eval.n_mc, "mean"] if run.method.stochastic else ["mean"]
+    epoch = -(-step * cfg.train.batch_size * cfg.train.grad_accum // max(1, len(run.data.train)))
     bins = {}
     for split, examples in {"test": run.data.test, **{f"ood:{k}": v for k, v in run.data.ood.items()}}.items():
         with run.model.disable_adapter():
-            report(run, step, split, "zero_shot", *logits_of(run, examples, None, split))
-        for label, n in modes.items():
-            logits, answer = logits_of(run, examples, n, split)
-            report(run, step, split, label, logits, answer)
-            name = f"predictions_{split.replace(':', '_')}_mc{label}.npz"
+            metrics = evaluate_predictions(*logits_of(run, examples, None, split))
+        run.log.final(epoch=epoch, step=step, split=split, mc="zero_shot", metrics=metrics)
+        for mc in modes:
+            logits, answer = logits_of(run, examples, mc if isinstance(mc, int) else None, split)
+            metrics = evaluate_predictions(logits, answer)
+            run.log.final(epoch=epoch, step=step, split=split, mc=mc, metrics=metrics)
+            name = f"predictions_{split.replace(':', '_')}_mc{mc}.npz"
             save_predictions(run.folder / name, logits, answer, [example.id for example in examples])
             if split == "test":
-                bins["mean" if n is None else f"MC={n}"] = vars(reliability_bins(logits, answer))
+                bins["mean" if mc == "mean" else f"MC={mc}"] = vars(reliability_bins(logits, answer))
     run.log.reliability(bins)
     run.log.close()
     figures = [plot_curves(run.folder)] if step else []  # nothing was trained: no curves
     figures.append(plot_reliability(run.folder))
     logger.info("run folder: %s (figures: %s)", run.folder, ", ".join(path.name for path in figures))
-
-
-def report(run: Run, step: int, split: str, label: str, logits: Tensor, answer: Tensor) -> None:
-    """One [FINAL] line."""
-    mc = int(label) if label.isdigit() else label
-    epochs = run.cfg.train.epochs
-    run.log.final(epoch=epochs, step=step, split=split, mc=mc, metrics=evaluate_predictions(logits, answer))
-
-
-def fingerprint(cfg: DictConfig) -> dict[str, Any]:
-    """What must agree between a checkpoint and the run that resumes it."""
-    return {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
 
 
 def save(run: Run, step: int) -> None:
@@ -352,31 +281,6 @@ def restore(run: Run, state: dict[str, Any]) -> int:
     run.best, run.skipped = state["best"], state["skipped"]
     logger.info("resumed at step %d", state["step"])
     return int(state["step"])
-
-
-def one_line(error: Exception) -> str:
-    """An error in one line; for an unknown name on the command line with its near matches."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        text, known = f"{group}={name}: no such file in configs/{group}", list(error.options)
-        near = difflib.get_close_matches(name, known, cutoff=0.5)
-    elif unknown := re.match(r"Could not override '(.+?)'\.", text):
-        name = unknown[1]
-        with hydra.initialize_config_dir(str(Path(__file__).resolve().parent / "configs"), version_base="1.3"):
-            known = list(keys(plain(hydra.compose("train"), resolve=False)))
-        near = difflib.get_close_matches(name, known, cutoff=0.75)
-        text = f"unknown key {name}; see configs, or write +{name}=... to add it"
-    else:
-        return f"error: {text}"
-    return f"error: {text}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-
-
-def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all groups and keys."""
-    for key, value in values.items():
-        yield prefix + key
-        yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 
 def watch_interrupts(run: Run) -> None:
@@ -407,18 +311,20 @@ def main(cfg: DictConfig) -> None:
     except USER_ERRORS as error:
         if DEBUG:
             raise
-        sys.exit(one_line(error))
+        sys.exit(one_line(error, CONFIGS))
 
 
 def launch() -> None:
     """``main``, with mistakes on the command line reported in one line too."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
         main()
     except HydraException as error:
         if DEBUG:
             raise
-        sys.exit(one_line(error))
+        sys.exit(one_line(error, CONFIGS))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def replace_factors(
         on_meta = old.device.type == "meta"
         weight = torch.ones(old.shape) if on_meta else old
         factor = config.make_factor(weight, zero_start, generator)
-        factor.compute_dtype = dtype
+        factor.compute_dtype = dtype  # type: ignore[assignment]  # a model says Any
         factor.requires_grad_(old.requires_grad)
         side[adapter_name] = factor.to(old.device)
 

@@ -20,9 +20,9 @@ class InducingFactor(nn.Module):
 
     It owns the parameters (float32) Z_r (m_r, d_out), Z_c (m_c, d_in), raw_D_r, raw_D_c, raw_lambda, raw_prior_sd and
     those of q(U), and the live sample, if any. Outside ``bnn.sample`` it computes with the posterior mean, in train and
-    eval mode alike; inside, with the S draws handed over by the sampler: of a batch of S*B rows, rows i*B to (i+1)*B use
-    draw i. A factor never draws anything itself. The draws are cast once to ``compute_dtype``, an attribute the adapter
-    sets to the dtype of the layer it adapts.
+    eval mode alike; inside, with the S draws handed over by the sampler: of a batch of S*B rows, rows i*B to (i+1)*B
+    use draw i. A factor never draws anything itself. The draws are cast once to ``compute_dtype``, an attribute that
+    the adapter sets to the dtype of the layer it adapts.
 
     Args:
         spec: structure of the factor.
@@ -40,6 +40,9 @@ class InducingFactor(nn.Module):
     Raises:
         ValueError: for lambda_init outside (0, lambda_max), or sizes below 1.
     """
+
+    unit: Tensor
+    compute_dtype: torch.dtype
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class InducingFactor(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name, as the functions of ``bnn.inducing.posterior`` want them, unstacked."""
-        own = {**self._parameters, **self._buffers}
+        own = {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
         if self.flow is not None:
             own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_parameters()}
             own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_buffers()}

@@ -65,11 +65,12 @@ def active_factors(model: nn.Module) -> list[InducingFactor]:
     Raises:
         ValueError: if there are none.
     """
-    factors = []
+    factors: list[InducingFactor] = []
     for module in model.modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-            for side in (module.lora_A, module.lora_B):
-                chosen = (side[name] for name in module.active_adapters if name in side)
+        sides = (getattr(module, "lora_A", None), getattr(module, "lora_B", None))
+        for side in sides:
+            if isinstance(side, nn.ModuleDict):
+                chosen = (side[name] for name in getattr(module, "active_adapters", []) if name in side)
                 factors.extend(f for f in chosen if isinstance(f, InducingFactor))
     if not factors:
         raise ValueError(
@@ -83,7 +84,7 @@ def group_by_spec(
     factors: list[InducingFactor],
 ) -> dict[tuple[FactorSpec, torch.device], list[InducingFactor]]:
     """Factors that can be stacked: equal structure, one device. The order is that of first appearance."""
-    groups = defaultdict(list)
+    groups: dict[tuple[FactorSpec, torch.device], list[InducingFactor]] = defaultdict(list)
     for factor in factors:
         groups[factor.spec, factor.unit.device].append(factor)
     return dict(groups)

@@ -94,7 +94,8 @@ def concatenate_noise(noises: Sequence[Noise]) -> Noise:
     """Join draws along the sample dimension."""
     if len(noises) == 1:
         return noises[0]
-    return Noise(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*noises, strict=True)))
+    joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*noises, strict=True)]
+    return Noise(*joined)  # type: ignore[arg-type]  # None stays None: eps never is
 
 
 def frames(spec: FactorSpec, tensors: Tensors) -> tuple[Frame, Frame]:

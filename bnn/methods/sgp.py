@@ -47,7 +47,8 @@ class SGP:
         """
         if weight_decay:
             raise ValueError(f"method=sgp has a prior: weight_decay={weight_decay} would be a second one, set it to 0")
-        scales, others = [], []
+        scales: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in trainable(model):
             (scales if name.rsplit(".", 1)[-1] in SCALES else others).append(parameter)
         groups = [{"params": others, "lr": lr}, {"params": scales, "lr": lr * self.scale_lr_factor}]

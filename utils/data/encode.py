@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from utils.data.batch import Batch
-from utils.data.example import Choice, DataError, Example, near_matches
+from utils.data.example import Choice, DataError, Example, TaskData, near_matches
 from utils.data.pack import Encoded, pack
 
 logger = logging.getLogger(__name__)
@@ -157,3 +158,10 @@ class Encoder:
         if num_choices is not None and most > num_choices:
             raise ValueError(f"an example has {most} choices, more than num_choices={num_choices}")
         return pack(examples, encoded, self.scoring == "choice_mean", num_choices or most, self._pad)
+
+
+def checked(data: TaskData, encoder: Encoder, limit: int | None) -> TaskData:
+    """The task without what ``Encoder.check`` drops."""
+    train, validation, test = (encoder.check(split, limit) for split in (data.train, data.validation, data.test))
+    ood = {name: encoder.check(examples, limit) for name, examples in data.ood.items()}
+    return replace(data, train=train, validation=validation, test=test, ood=ood)

@@ -40,3 +40,9 @@ def length_sorted(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         yield indices, [examples[i] for i in indices]
+
+
+def nth_batch(examples: list[Example], size: int, seed: int, epoch: int, index: int) -> list[Example]:
+    """Examples of one optimiser step: a function of (seed, epoch, index), so that a resumed run sees the same."""
+    order = epoch_generator(seed, epoch).permutation(len(examples))
+    return [examples[i] for i in order[index * size : (index + 1) * size]]

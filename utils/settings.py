@@ -1,0 +1,98 @@
+"""The command line's settings: checks before any work, and errors in one line."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from utils.data.example import near_matches
+
+NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
+NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every")
+"""Keys that may change when a run is resumed."""
+COUNTS = (
+    *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
+    *("train.log_every", "train.checkpoint_every"),
+    *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
+)
+MAY_BE_NULL = ("train.max_steps", "eval.every_n_mc", "train.max_grad_norm")
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm"), (5e-324, float("inf"))),
+    **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
+    **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),
+}
+NAMES = {
+    "train.on_nonfinite": ("error", "skip"),
+    "eval.split": ("train", "validation", "test"),
+    "eval.keep": ("last", "best"),
+    "opt.schedule": ("linear", "cosine", "constant"),
+}
+
+
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """A configuration group as plain values."""
+    return OmegaConf.to_container(cfg, resolve=resolve)  # type: ignore[return-value]
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse values that would fail, or mislead, only once training runs. Raises ValueError naming the key."""
+    for key in (*COUNTS, *RANGES):
+        value = OmegaConf.select(cfg, key)
+        low, high = RANGES.get(key, (1, sys.maxsize))
+        kinds = (int,) if key in COUNTS else (int, float)
+        if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
+            wanted = f"a whole number, at least {low}" if key in COUNTS else f"a number in [{low:.3g}, {high:.3g}]"
+            raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
+    for key, known in NAMES.items():
+        if (value := OmegaConf.select(cfg, key)) not in known:
+            raise ValueError(f"unknown {key}={value}; {near_matches(str(value), known)}")
+    every = cfg.eval.every
+    if every not in ("epoch", "none") and not (type(every) is int and every > 0):
+        raise ValueError(f"eval.every={every}: expected epoch, none or a number of steps, at least 1")
+    if cfg.eval.keep == "best" and every == "none":
+        raise ValueError("eval.keep=best chooses among evaluations, but eval.every=none makes none: set one of them")
+    if cfg.eval.keep == "best" and cfg.eval.split == "test":
+        raise ValueError("eval.keep=best with eval.split=test would choose on test data: set eval.split=validation")
+    if not isinstance(cfg.peft.target_modules, ListConfig):
+        raise ValueError(f"peft.target_modules={cfg.peft.target_modules}: expected a list such as [q_proj,v_proj]")
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
+
+
+def fingerprint(cfg: DictConfig) -> dict[str, Any]:
+    """What must agree between a checkpoint and the run that resumes it."""
+    values = {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
+    train = {key: value for key, value in values["train"].items() if key not in NOT_IN_TRAIN_FINGERPRINT}
+    return values | {"train": train}
+
+
+def one_line(error: Exception, configs: Path) -> str:
+    """An error in one line; for an unknown name on the command line with its near matches in the folder ``configs``."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        text, known = f"{group}={name}: no such file in configs/{group}", list(error.options)
+        near = difflib.get_close_matches(name, known, cutoff=0.5)
+    elif unknown := re.match(r"Could not override '(.+?)'\.", text):
+        name = unknown[1]
+        with hydra.initialize_config_dir(str(configs), version_base="1.3"):
+            known = list(keys(plain(hydra.compose("train"), resolve=False)))
+        near = difflib.get_close_matches(name, known, cutoff=0.75)
+        text = f"unknown key {name}; see configs, or write +{name}=... to add it"
+    else:
+        return f"error: {text}"
+    return f"error: {text}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all groups and keys."""
+    for key, value in values.items():
+        yield prefix + key
+        yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
