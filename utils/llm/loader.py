@@ -18,64 +18,6 @@ from utils.llm.sources import Source, find_source
 logger = logging.getLogger(__name__)
 
 
-def load_llm(
-    name_or_path: str,
-    *,
-    cache_dir: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    random_init: bool = False,
-    random_init_seed: int = 0,
-    architecture: Mapping[str, Any] | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
-    revision: str | None = None,
-    pypi: Mapping[str, Any] | None = None,
-    gguf_dir: str | None = None,
-    tokenizer: str = "auto",
-    quantization: Mapping[str, Any] | None = None,
-    attn_implementation: str = "sdpa",
-    gradient_checkpointing: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer: see `load_model` and `load_tokenizer` for the arguments.
-
-    Raises:
-        LLMLoadError: Either cannot be loaded, or the tokenizer has more tokens than the model's embedding.
-    """
-    tokens = load_tokenizer(
-        name_or_path,
-        cache_dir=cache_dir,
-        revision=revision,
-        pypi=pypi,
-        gguf_dir=gguf_dir,
-        tokenizer=tokenizer,
-    )
-    model = load_model(
-        name_or_path,
-        cache_dir=cache_dir,
-        dtype=dtype,
-        device=device,
-        random_init=random_init,
-        random_init_seed=random_init_seed,
-        architecture=architecture,
-        config_overrides=config_overrides,
-        revision=revision,
-        pypi=pypi,
-        gguf_dir=gguf_dir,
-        quantization=quantization,
-        attn_implementation=attn_implementation,
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    size = model.get_input_embeddings().num_embeddings
-    if len(tokens) > size:
-        raise LLMLoadError(
-            f"the tokenizer of {name_or_path} has {len(tokens)} tokens and the model's embedding {size}: "
-            "correct vocab_size in llm.architecture or llm.config_overrides"
-        )
-    model.config.pad_token_id = tokens.pad_token_id
-    model.generation_config.pad_token_id = tokens.pad_token_id
-    return model, tokens
-
-
 def load_model(
     name_or_path: str,
     *,
@@ -171,6 +113,22 @@ def load_tokenizer(
         tokens.pad_token = tokens.eos_token
     tokens.padding_side = "left"
     return tokens
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the model has an embedding for every token, and tell it the padding token.
+
+    Raises:
+        LLMLoadError: The tokenizer has more tokens than the model's embedding.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise LLMLoadError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has {len(tokenizer)} tokens and the model's "
+            f"embedding {size}: correct vocab_size in llm.architecture or llm.config_overrides"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def _source(

@@ -4,9 +4,10 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from llm_loading import load_llm
 from omegaconf import OmegaConf
 
-from utils.llm import load_llm, load_model
+from utils.llm import load_model
 from utils.llm.quantization import BitsAndBytesConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -2,8 +2,9 @@ import importlib.util
 
 import pytest
 import torch
+from llm_loading import load_llm
 
-from utils.llm import LLMLoadError, load_llm, load_model, load_tokenizer
+from utils.llm import LLMLoadError, load_model, load_tokenizer
 from utils.llm.byte_tokenizer import build_byte_tokenizer
 
 ARCHITECTURE = {
