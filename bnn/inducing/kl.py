@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
@@ -42,8 +41,3 @@ def log_det_kronecker(L_r: Tensor, L_c: Tensor) -> Tensor:
     log_r = L_r.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     log_c = L_c.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 2 * (L_c.shape[-1] * log_r + L_r.shape[-1] * log_c)
-
-
-def standard_normal_entropy(size: int, like: Tensor) -> Tensor:
-    """Entropy of N(0, I) in ``size`` dimensions, nats, as a scalar tensor like ``like``."""
-    return torch.full((), 0.5 * size * (1.0 + LOG_2PI), dtype=like.dtype, device=like.device)

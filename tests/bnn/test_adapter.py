@@ -2,26 +2,13 @@
 
 import pytest
 import torch
+from bnn_cases import gap, logits_of, seeded
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 
 import bnn
 from bnn import SGPLoraConfig
 from bnn.layers import InducingFactor
 from bnn.sampler import active_factors
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@torch.no_grad()
-def logits_of(model, ids: Tensor, **kwargs) -> Tensor:
-    return model(input_ids=ids, **kwargs).logits
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from bnn_cases import gap, logits_of, seeded
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bnn
 from bnn.layers import InducingFactor
 from bnn.sampler import active_factors
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@torch.no_grad()
-def logits_of(model, ids: Tensor, **kwargs) -> Tensor:
-    return model(input_ids=ids, **kwargs).logits
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])

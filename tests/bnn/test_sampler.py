@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bnn_cases import FAMILIES, seeded
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -9,19 +10,6 @@ import bnn
 from bnn.inducing import posterior
 from bnn.layers import InducingFactor
 from bnn.sampler import active_factors, draw_group, group_by_spec
-
-FAMILIES = {
-    "diagonal": {},
-    "matrix_normal": {"family": "matrix_normal"},
-    "full": {"family": "full"},
-    "ensemble": {"family": "ensemble", "members": 3},
-    "unwhitened": {"whitened": False},
-    "flow": {"flow_depth": 2, "flow_hidden": 8},
-}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def logits_of(model, ids: Tensor) -> Tensor:

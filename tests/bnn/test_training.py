@@ -2,23 +2,11 @@
 
 import pytest
 import torch
+from bnn_cases import FAMILIES, seeded
 from torch import Tensor
 
 import bnn
 from bnn.sampler import active_factors
-
-FAMILIES = {
-    "diagonal": {},
-    "matrix_normal": {"family": "matrix_normal"},
-    "full": {"family": "full"},
-    "ensemble": {"family": "ensemble", "members": 3},
-    "unwhitened": {"whitened": False},
-    "flow": {"flow_depth": 2, "flow_hidden": 8},
-}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def loss_of(model, ids: Tensor) -> Tensor:

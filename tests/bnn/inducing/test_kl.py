@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from bnn.inducing.kl import conditional_kl, log_det_kronecker, standard_normal_entropy
+from bnn.inducing.kl import conditional_kl, log_det_kronecker
 from bnn.inducing.prior import whiten
 
 
@@ -46,9 +46,3 @@ def test_log_det_kronecker(generator):
     for i in range(2):
         dense = torch.kron(L_c[i] @ L_c[i].mT, L_r[i] @ L_r[i].mT)
         torch.testing.assert_close(got[i], torch.logdet(dense))
-
-
-def test_standard_normal_entropy():
-    like = torch.zeros(1, dtype=torch.float64)
-    expected = MultivariateNormal(torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)).entropy()
-    torch.testing.assert_close(standard_normal_entropy(6, like), expected)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llm_loading import TINY
 
 from utils.llm import hub
 from utils.llm.architecture import build_config
@@ -13,15 +14,6 @@ from utils.llm.byte_tokenizer import build_byte_tokenizer
 from utils.llm.pypi import PyPIWeights
 
 GGUF_BYTES = b"pretended weights"
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 
 
 @pytest.fixture(autouse=True)

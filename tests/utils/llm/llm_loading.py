@@ -1,4 +1,4 @@
-"""Model and tokenizer together, as the entry point loads them."""
+"""What several tests share: a tiny architecture; model and tokenizer together, as the entry point loads them."""
 
 from typing import Any
 
@@ -6,6 +6,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.llm import fit_tokenizer, load_model, load_tokenizer
 
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 TOKENIZER_KEYS = ("cache_dir", "revision", "pypi", "gguf_dir", "tokenizer")
 
 

@@ -2,20 +2,10 @@ import importlib.util
 
 import pytest
 import torch
-from llm_loading import load_llm
+from llm_loading import TINY, load_llm
 
 from utils.llm import LLMLoadError, load_model, load_tokenizer
 from utils.llm.byte_tokenizer import build_byte_tokenizer
-
-ARCHITECTURE = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 
 
 @pytest.fixture
@@ -25,7 +15,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def random_options(options):
-    return {**options, "random_init": True, "architecture": ARCHITECTURE}
+    return {**options, "random_init": True, "architecture": TINY}
 
 
 def test_a_saved_model_is_ready_for_adapters(model_folder, options):
@@ -82,7 +72,7 @@ def test_overrides_reach_the_model(model_folder, options):
 
 @pytest.mark.parametrize("random_init", [False, True])
 def test_unknown_override(model_folder, options, random_init):
-    options |= {"random_init": random_init, "architecture": ARCHITECTURE}
+    options |= {"random_init": random_init, "architecture": TINY}
     with pytest.raises(LLMLoadError, match=r"unknown key 'hiden_size'.*hidden_size"):
         load_model(str(model_folder), **options, config_overrides={"hiden_size": 8})
 
