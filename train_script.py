@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bnn.methods import Method
-from bnn.methods.base import trainable
+from bnn.methods.base import FitData, Schedule, trainable
 from bnn.metrics import evaluate_predictions, reliability_bins
 from bnn.objective import Loss, beta_at, learning_rate_at, negative_elbo
-from bnn.predictive import predict
 from utils.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder, checked
@@ -110,7 +110,8 @@ def prepare(cfg: DictConfig) -> Run:
     data = checked(data, encoder, position_limit(model))
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     try:
-        model = method.adapt(model, plain(cfg.peft))
+        start = cfg.train.init_adapter
+        model = method.load(model, start) if start else method.adapt(model, plain(cfg.peft))
     except TypeError as error:
         raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
     groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
@@ -128,7 +129,8 @@ def train(run: Run) -> int:
     cfg, model = run.cfg, run.model
     per_step = cfg.train.batch_size * cfg.train.grad_accum
     steps_per_epoch = -(-len(run.data.train) // per_step)
-    total = min(steps_per_epoch * cfg.train.epochs, cfg.train.max_steps or sys.maxsize)
+    total = min(steps_per_epoch * cfg.train.epochs, cfg.train.max_steps or sys.maxsize) if run.method.trains else 0
+    run.method.start(model, Schedule(total, steps_per_epoch, len(run.data.train)))
     optimizer = run.optimizer
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -152,6 +154,7 @@ def train(run: Run) -> int:
         norm = nn.utils.clip_grad_norm_(parameters, cfg.train.max_grad_norm or float("inf"))
         if torch.isfinite(loss.loss) and torch.isfinite(norm):
             optimizer.step()
+            run.method.after_step(model, step, rate)
         else:
             ids = ", ".join(example.id for example in examples)
             what = f"loss {float(loss.loss)}, gradient norm {float(norm)} at step {step + 1}, examples {ids}"
@@ -185,31 +188,53 @@ def accumulate(run: Run, examples: list[Example], beta: float) -> Loss:
     parts = []
     for micro in batches(examples, run.cfg.train.batch_size):
         batch = run.encoder.collate(micro).to(run.device).tile(run.cfg.train.n_mc)
-        with run.method.sample(run.model, run.cfg.train.n_mc, run.generator) as live:
-            loss = negative_elbo(score(run.model, batch), batch.answer, live.kl(), len(run.data.train), beta)
-            weight = len(micro) / len(examples)
-            (weight * loss.loss).backward()
-        parts.append([weight * value.detach() for value in loss])
+        for _ in run.method.members(run.model):
+            with run.method.sample(run.model, run.cfg.train.n_mc, run.generator) as live:
+                loss = negative_elbo(score(run.model, batch), batch.answer, live.kl(), len(run.data.train), beta)
+                weight = len(micro) / len(examples)
+                (weight * loss.loss).backward()
+            parts.append([weight * value.detach() for value in loss])
     return Loss(*(torch.stack(values).sum() for values in zip(*parts, strict=True)))
 
 
-def logits_of(run: Run, examples: Sequence[Example], n: int | None, stream: str) -> tuple[Tensor, Tensor]:
-    """Scores (S, N, C) in the order of ``examples``, and the answers (N,); n = None is the posterior mean."""
-    run.model.eval()
-    lengths = [run.encoder.length(example) for example in examples]
+def eval_batches(run: Run, examples: Sequence[Example]) -> tuple[list[int], list[Batch]]:
+    """Batches by length on the device, and the index of the example in each of their rows."""
     order, packed = [], []
+    lengths = [run.encoder.length(example) for example in examples]
     for indices, chosen in length_sorted(examples, lengths, run.cfg.eval.batch_size):
         order.extend(indices.tolist())
         packed.append(run.encoder.collate(chosen).to(run.device))
-    scores = predict(
-        run.model,
-        score,
-        packed,
-        n=n if run.method.stochastic else None,
-        sample=run.method.sample,
-        generator=make_generator(run.cfg.seed, "predict", stream, device=run.device),
-        max_tokens_per_forward=run.cfg.eval.max_tokens_per_forward,
-    )
+    return order, packed
+
+
+def fit(run: Run) -> None:
+    """What the method determines after training, from training and validation data."""
+    if not run.method.fits:
+        return
+    run.model.eval()
+    train, validation = (eval_batches(run, split)[1] for split in (run.data.train, run.data.validation))
+    data = FitData(train, validation, len(run.data.train), run.cfg.eval.max_tokens_per_forward)
+    found = run.method.fit(run.model, score, data, make_generator(run.cfg.seed, "fit", device=run.device))
+    logger.info("fitted: %s", ", ".join(f"{name}={value:.6g}" for name, value in found.items()))
+
+
+def logits_of(run: Run, examples: Sequence[Example], mc: int | str, stream: str) -> tuple[Tensor, Tensor]:
+    """Scores (S, N, C) in the order of ``examples``, and the answers (N,).
+
+    ``mc`` is a number of samples, ``mean`` for one pass with the posterior mean, or ``zero_shot`` for the base model.
+    """
+    run.model.eval()
+    order, packed = eval_batches(run, examples)
+    zero_shot = mc == "zero_shot"
+    with run.model.disable_adapter() if zero_shot else nullcontext():
+        scores = (Method() if zero_shot else run.method).predict(
+            run.model,
+            score,
+            packed,
+            n=mc if isinstance(mc, int) else None,
+            generator=make_generator(run.cfg.seed, "predict", stream, device=run.device),
+            max_tokens_per_forward=run.cfg.eval.max_tokens_per_forward,
+        )
     logits = torch.empty_like(scores)
     logits[:, order] = scores
     return logits, torch.tensor([example.answer for example in examples])
@@ -218,9 +243,10 @@ def logits_of(run: Run, examples: Sequence[Example], n: int | None, stream: str)
 def evaluate_during(run: Run, epoch: int, step: int, lr: float) -> None:
     """One evaluation line on ``eval.split``; remembers the parameters with the lowest NLL if ``eval.keep=best``."""
     cfg = run.cfg.eval
-    logits, answer = logits_of(run, getattr(run.data, cfg.split), cfg.every_n_mc, f"step {step}")
+    modes = run.method.modes(cfg.every_n_mc or 1)
+    mc = modes[0] if cfg.every_n_mc else modes[-1]
+    logits, answer = logits_of(run, getattr(run.data, cfg.split), mc, f"step {step}")
     metrics = evaluate_predictions(logits, answer)
-    mc = cfg.every_n_mc if cfg.every_n_mc and run.method.stochastic else "mean"
     run.log.evaluation(epoch=epoch, step=step, lr=lr, split=cfg.split, mc=mc, metrics=metrics)
     if cfg.keep == "best" and metrics["nll"] < run.best.get("nll", float("inf")):
         parameters = {name: p.detach().clone() for name, p in trainable(run.model)}
@@ -235,21 +261,19 @@ def finish(run: Run, step: int) -> None:
         with torch.no_grad():
             for name, parameter in trainable(run.model):
                 parameter.copy_(run.best["parameters"][name])
-    run.model.save_pretrained(run.folder / "adapter", save_embedding_layers=False)
-    modes: list[int | str] = [cfg.eval.n_mc, "mean"] if run.method.stochastic else ["mean"]
+    fit(run)
+    run.method.save(run.model, run.folder / "adapter")
+    modes = ["zero_shot", *run.method.modes(cfg.eval.n_mc)]
     epoch = -(-step * cfg.train.batch_size * cfg.train.grad_accum // max(1, len(run.data.train)))
     bins = {}
     for split, examples in {"test": run.data.test, **{f"ood:{k}": v for k, v in run.data.ood.items()}}.items():
-        with run.model.disable_adapter():
-            metrics = evaluate_predictions(*logits_of(run, examples, None, split))
-        run.log.final(epoch=epoch, step=step, split=split, mc="zero_shot", metrics=metrics)
         for mc in modes:
-            logits, answer = logits_of(run, examples, mc if isinstance(mc, int) else None, split)
+            logits, answer = logits_of(run, examples, mc, split)
             metrics = evaluate_predictions(logits, answer)
             run.log.final(epoch=epoch, step=step, split=split, mc=mc, metrics=metrics)
             name = f"predictions_{split.replace(':', '_')}_mc{mc}.npz"
             save_predictions(run.folder / name, logits, answer, [example.id for example in examples])
-            if split == "test":
+            if split == "test" and mc != "zero_shot":
                 bins["mean" if mc == "mean" else f"MC={mc}"] = vars(reliability_bins(logits, answer))
     run.log.reliability(bins)
     run.log.close()

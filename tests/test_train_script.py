@@ -521,7 +521,7 @@ def assert_one_line(message: str) -> None:
         ("train.batch_size=2.5", "train.batch_size=2.5: expected"),
         ("train.batch_size=null", "train.batch_size=None: expected"),
         ("train.grad_accum=0", "train.grad_accum=0: expected"),
-        ("train.epochs=0", "train.epochs=0: expected"),
+        ("train.epochs=-1", "train.epochs=-1: expected"),
         ("train.max_steps=0", r"train.max_steps=0: expected .*\(or null\)"),
         ("train.n_mc=0", "train.n_mc=0: expected"),
         ("train.log_every=0", "train.log_every=0: expected"),

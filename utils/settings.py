@@ -24,6 +24,7 @@ COUNTS = (
 MAY_BE_NULL = ("train.max_steps", "eval.every_n_mc", "train.max_grad_norm")
 RANGES = {
     "seed": (0, 2**32 - 1),
+    "train.epochs": (0, sys.maxsize),
     **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm"), (5e-324, float("inf"))),
     **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
     **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),

@@ -1,13 +1,28 @@
-"""What a method of adapting and predicting offers to the training script: one file and one YAML per method."""
+"""What a method of adapting and predicting offers to the training script: one file and one YAML per method.
+
+``Method`` is plain LoRA's behaviour (a deterministic adapter, one forward pass per prediction); a method overrides
+what differs. The training script calls the hooks in this order::
+
+    adapt (or load)  ->  start  ->  per optimiser step: for _ in members: sample, backward; then after_step
+    ->  fit  ->  predict, save
+
+Nothing here reads configuration objects, seeds, or knows about data sets: randomness and data are arguments.
+"""
 
 import difflib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+
+from bnn.predictive import predict
+
+Score = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> unnormalised log-scores of the choices, (rows, C)."""
 
 
 class Sample(Protocol):
@@ -18,25 +33,113 @@ class Sample(Protocol):
         ...
 
 
-class Method(Protocol):
-    """Adapts a model, draws its weights, groups its parameters."""
+class PointEstimate:
+    """What the ``sample`` of a deterministic method yields: nothing is drawn and there is no KL."""
+
+    def kl(self) -> Tensor:
+        """Zero nats."""
+        return torch.zeros(())
+
+
+class Schedule(NamedTuple):
+    """The extent of training, known before it starts."""
+
+    total_steps: int
+    """Optimiser steps."""
+    steps_per_epoch: int
+    n_train: int
+    """N, training examples."""
+
+
+class FitData(NamedTuple):
+    """What a method may look at after training: never test data."""
+
+    train: Sequence[Any]
+    """Batches of the training split (with ``answer``), on the model's device."""
+    validation: Sequence[Any]
+    """Batches of the validation split."""
+    n_train: int
+    """N, training examples."""
+    max_tokens_per_forward: int
+    """Bound on rows * tokens of a forward pass."""
+
+
+class Method:
+    """One deterministic adapter; the base of every method."""
+
+    stochastic = False
+    """Whether prediction needs samples; if not, one deterministic pass is the prediction."""
+    trains = True
+    """Whether there is anything to train by gradient steps."""
+    fits = False
+    """Whether ``fit`` has anything to do after training."""
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """Add the method's adapter; ``lora`` holds LoraConfig's arguments (r, lora_alpha, target_modules, ...)."""
-        ...
+        raise NotImplementedError
 
-    def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> AbstractContextManager[Sample]:
-        """Context in which a batch of n*B rows uses draw i for rows i*B to (i+1)*B."""
-        ...
+    def load(self, model: nn.Module, folder: str | Path) -> PeftModel:
+        """Put the adapter saved in ``folder`` on the base model, trainable.
+
+        A method whose trained adapter is plain LoRA accepts one saved by ``method=mle`` as its starting point.
+        """
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+
+    def save(self, model: PeftModel, folder: str | Path) -> None:
+        """Write adapter and whatever ``fit`` found to ``folder``, for ``load``."""
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups with their learning rates and weight decays."""
-        ...
+        return [{"params": [p for _, p in trainable(model)], "lr": lr, "weight_decay": weight_decay}]
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether prediction needs samples; if not, one deterministic pass is the prediction."""
-        ...
+    def start(self, model: nn.Module, schedule: Schedule) -> None:
+        """Called once before the first step of training, also when a run is resumed."""
+
+    def members(self, model: nn.Module) -> Iterator[None]:
+        """Activate in turn what is trained on every micro-batch: once for all methods but an ensemble."""
+        yield
+
+    def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> AbstractContextManager[Sample]:
+        """Context in which a batch of n*B rows uses draw i for rows i*B to (i+1)*B; backward belongs inside."""
+        return nullcontext(PointEstimate())
+
+    def after_step(self, model: nn.Module, step: int, rate: float) -> None:
+        """Called after the optimiser's step number ``step`` (from 0), whose schedule factor was ``rate``; the
+        gradients of that step are still there.
+        """
+
+    def fit(self, model: nn.Module, score: Score, data: FitData, generator: torch.Generator) -> dict[str, float]:
+        """What is determined after training (temperature, curvature, noise scale); returns what the log should say."""
+        return {}
+
+    def predict(
+        self,
+        model: nn.Module,
+        score: Score,
+        batches: Sequence[Any],
+        *,
+        n: int | None,
+        generator: torch.Generator | None,
+        max_tokens_per_forward: int,
+    ) -> Tensor:
+        """Scores (S, N, C) of every example under S = n draws, or under the mean for n = None (S = 1).
+
+        See ``bnn.predictive.predict``. A deterministic method makes one pass whatever n.
+        """
+        return predict(
+            model,
+            score,
+            batches,
+            n=n if self.stochastic else None,
+            sample=self.sample,
+            generator=generator,
+            max_tokens_per_forward=max_tokens_per_forward,
+        )
+
+    def modes(self, n: int) -> list[int | str]:
+        """The predictions that are reported: S, or ``mean`` for one pass; the first is the method's own."""
+        return [n, "mean"] if self.stochastic else ["mean"]
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,14 +8,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from bnn.adapter import SGPLoraConfig
-from bnn.methods.base import check_targets, trainable
+from bnn.methods.base import Method, check_targets, trainable
 from bnn.sampler import LiveSample, sample
 
 SCALES = ("raw_sd", "raw_row", "raw_col", "raw_tril", "raw_lambda", "raw_prior_sd", "raw_D_r", "raw_D_c")
 """Parameters on a log-like scale: spreads, lambda, sigma_p, D."""
 
 
-class SGP:
+class SGP(Method):
     """Trains and predicts with samples of the SGP-LoRA posterior.
 
     Args:
