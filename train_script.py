@@ -115,7 +115,8 @@ def prepare(cfg: DictConfig) -> Run:
     except TypeError as error:
         raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
     groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps, fused=fused)
     generator = make_generator(cfg.seed, "posterior", device=device)
     for pattern in WRITTEN if cfg.overwrite else ():
         for path in folder.glob(pattern):
@@ -140,7 +141,7 @@ def train(run: Run) -> int:
     if step == 0 < total and cfg.eval.every != "none":
         evaluate_during(run, 0, 0, 0.0)
 
-    parameters = [p for _, p in trainable(model)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     started, seen = time.perf_counter(), 0
     for step in progress(range(step, total), "training", total - step):  # noqa: B020
         epoch = step // steps_per_epoch
@@ -290,6 +291,7 @@ def save(run: Run, step: int) -> None:
         "step": step,
         "skipped": run.skipped,
         "best": run.best,
+        "method": run.method.state(run.model),
         "rng": capture_rng({"posterior": run.generator}),
         "fingerprint": fingerprint(run.cfg),
     }
@@ -302,6 +304,7 @@ def restore(run: Run, state: dict[str, Any]) -> int:
         for name, parameter in trainable(run.model):
             parameter.copy_(state["parameters"][name])
     run.optimizer.load_state_dict(state["optimizer"])
+    run.method.load_state(run.model, state["method"])
     restore_rng(state["rng"], {"posterior": run.generator})
     run.best, run.skipped = state["best"], state["skipped"]
     logger.info("resumed at step %d", state["step"])

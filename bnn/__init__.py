@@ -2,8 +2,18 @@
 
 from bnn.adapter import SGPLoraConfig, SGPLoraModel, register
 from bnn.bayesianize import bayesianize_
-from bnn.sampler import LiveSample, active_factors, sample
+from bnn.noise import Antithetic
+from bnn.sampler import LiveSample, Sampler, active_factors, sample
 
 register()
 
-__all__ = ["LiveSample", "SGPLoraConfig", "SGPLoraModel", "active_factors", "bayesianize_", "sample"]
+__all__ = [
+    "Antithetic",
+    "LiveSample",
+    "SGPLoraConfig",
+    "SGPLoraModel",
+    "Sampler",
+    "active_factors",
+    "bayesianize_",
+    "sample",
+]

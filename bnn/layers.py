@@ -79,7 +79,8 @@ class InducingFactor(nn.Module):
             self._own(name, value, True)
         self.flow = InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden) if spec.flow_depth else None
         self._sample: Tensor | None = None
-        self._mean: tuple[tuple, Tensor] | None = None
+        self._mean: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._stack: tuple[dict[str, Tensor], int] | None = None
 
     def _own(self, name: str, value: Tensor, learned: bool) -> None:
         if learned:
@@ -88,16 +89,41 @@ class InducingFactor(nn.Module):
             self.register_buffer(name, value)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter and buffer by name, as the functions of ``bnn.inducing.posterior`` want them, unstacked."""
+        """Every parameter and buffer by name, as the functions of ``bnn.inducing.posterior`` want them, unstacked.
+
+        Where the parameters are views into stacked ones, under autograd: differentiable slices of those.
+        """
+        if self._stack is not None and torch.is_grad_enabled():
+            leaves, i = self._stack
+            self.check_stacked(i)
+            return {name: leaf[i] for name, leaf in leaves.items()}
+        return self._own_tensors()
+
+    def _own_tensors(self) -> dict[str, Tensor]:
         own = {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
         if self.flow is not None:
             own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_parameters()}
             own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_buffers()}
         return own
 
+    def view_stack(self, leaves: dict[str, Tensor], i: int) -> None:
+        """Make every own tensor a view of row ``i`` of ``leaves``, which hold the same values."""
+        for name, t in self._own_tensors().items():
+            t.data = leaves[name].data[i]
+        self._stack = (leaves, i)
+
+    def check_stacked(self, i: int) -> None:
+        """Raise RuntimeError unless the own parameters still are views of row ``i`` of the stacked ones."""
+        Z_r: Tensor = self.get_parameter("Z_r")
+        if self._stack is None or Z_r.data_ptr() != self._stack[0]["Z_r"].data_ptr() + i * Z_r.nbytes:
+            raise RuntimeError(
+                "the adapter's parameters were moved or replaced after they had been stacked for training: "
+                "move or load the model first, then make the Sampler (or the optimiser) anew"
+            )
+
     @property
     def weight(self) -> Tensor:
-        """The live draws (S, d_out, d_in) inside ``bnn.sample``, else the posterior mean (d_out, d_in)."""
+        """Inside ``bnn.sample`` the live draws (S, d_out, d_in), of one draw (d_out, d_in); else the posterior mean."""
         return self.mean_weight() if self._sample is None else self._sample
 
     def mean_weight(self) -> Tensor:
@@ -106,14 +132,17 @@ class InducingFactor(nn.Module):
         Tensors' version counters tell most changes; fused optimisers do not raise them, so drawing, ``train()`` and
         ``eval()`` clear the cache too.
         """
-        tensors = self.tensors()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._mean = None
-            return posterior.mean(self.spec, _stack_one(tensors), self.flow)[0]
-        key = tuple((t.data_ptr(), t._version, t.device) for t in tensors.values())
+            return posterior.mean(self.spec, _stack_one(self.tensors()), self.flow)[0]
+        key = [
+            (t.data_ptr(), t._version) for t in (*self._parameters.values(), *self._buffers.values()) if t is not None
+        ]
+        key += [(t.data_ptr(), t._version) for t in (() if self.flow is None else self.flow.parameters())]
+        key += [(t.data_ptr(), t._version) for t in (() if self._stack is None else self._stack[0].values())]
         if self._mean is None or self._mean[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._mean = (key, posterior.mean(self.spec, _stack_one(tensors), self.flow)[0])
+                self._mean = (key, posterior.mean(self.spec, _stack_one(self._own_tensors()), self.flow)[0])
         return self._mean[1]
 
     @property
@@ -122,7 +151,7 @@ class InducingFactor(nn.Module):
         return self._sample is not None
 
     def hold(self, W: Tensor | None) -> None:
-        """Make ``W`` (S, d_out, d_in) the live draws, or None to go back to the posterior mean."""
+        """Make ``W`` (S, d_out, d_in) or (d_out, d_in) the live draws, or None to go back to the posterior mean."""
         self._sample, self._mean = W, None
 
     def train(self, mode: bool = True) -> Self:
@@ -149,8 +178,6 @@ class InducingFactor(nn.Module):
             raise ValueError(
                 f"{S} posterior samples are live, but the batch has {x.shape[0]} rows: tile it to a multiple of {S}"
             )
-        if S == 1:
-            return F.linear(x, W[0].to(x.dtype))
         y = torch.bmm(x.reshape(S, -1, x.shape[-1]), W.to(x.dtype).mT)
         return y.reshape(*x.shape[:-1], W.shape[-2])
 

@@ -6,14 +6,16 @@ waits for the device.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from bnn.inducing import posterior
-from bnn.inducing.posterior import Draw, FactorSpec, Noise
+from bnn.graph import SamplerGraph
+from bnn.inducing.posterior import FactorSpec
 from bnn.layers import InducingFactor
+from bnn.noise import Source, draw_noise
+from bnn.stack import FactorStack
 
 
 class LiveSample:
@@ -26,18 +28,18 @@ class LiveSample:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._kls: list[Tensor] = []
+        self._kl = torch.zeros(())
         self._cuts: list[tuple[Tensor, Tensor]] = []
         self._open = True
 
     def kl(self) -> Tensor:
         """KL[q || p] summed over all factors drawn, nats, a scalar with gradient."""
-        return torch.cat(self._kls).sum()
+        return self._kl
 
-    def add(self, draw: Draw, dtype: torch.dtype) -> Tensor:
-        """Take in the draws of one group; returns the weights (S, n, d_out, d_in) in ``dtype`` for the model."""
-        self._kls.append(self._cut(draw.kl))
-        return self._cut(draw.W.to(dtype))
+    def add(self, weights: list[Tensor], kl: Tensor) -> list[Tensor]:
+        """Take in the draws of all stacks and their KL; returns the weights for the model to use."""
+        self._kl = self._cut(kl)
+        return [self._cut(W) for W in weights]
 
     def _cut(self, t: Tensor) -> Tensor:
         if not t.requires_grad:
@@ -90,63 +92,96 @@ def group_by_spec(
     return dict(groups)
 
 
-def stack_tensors(factors: list[InducingFactor]) -> dict[str, Tensor]:
-    """Tensors of n factors of one structure, each stacked to (n, ...)."""
-    per_factor = [factor.tensors() for factor in factors]
-    return {name: torch.stack([t[name] for t in per_factor]) for name in per_factor[0]}
+class Sampler:
+    """Draws the factors of a model's active adapters; made once for as long as these stay the same.
+
+    Args:
+        model: a PEFT model with SGP-LoRA adapters.
+        own: move the parameters into stacked ones (``FactorStack.own``), to be trained as ``parameters()``.
+        cuda_graph: with ``own``, and all factors on one GPU, make training draws by CUDA graphs.
+
+    Raises:
+        ValueError: if there is no active factor.
+    """
+
+    def __init__(self, model: nn.Module, own: bool = False, cuda_graph: bool = False) -> None:
+        self.factors = active_factors(model)
+        self.stacks = [FactorStack(group) for group in group_by_spec(self.factors).values()]
+        self._layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+        devices = {stack.device for stack in self.stacks}
+        self._graph = SamplerGraph() if own and cuda_graph and len(devices) == 1 else None
+        if own:
+            for stack in self.stacks:
+                stack.own()
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The stacked parameters, each with its name in a factor; only of a Sampler that owns them."""
+        return [named for stack in self.stacks for named in stack.own().items()]
+
+    @contextmanager
+    def draw(self, n: int = 1, generator: Source = None) -> Iterator[LiveSample]:
+        """See ``bnn.sample``."""
+        if n < 1:
+            raise ValueError(f"the number of posterior samples must be at least 1, got {n}")
+        if any(layer.merged_adapters for layer in self._layers):
+            raise ValueError("the adapter is merged, so there is nothing to draw: call unmerge_adapter first")
+        if any(factor.has_sample for factor in self.factors):
+            raise ValueError("posterior samples are already live: leave the outer bnn.sample context first")
+        live = LiveSample(n)
+        try:
+            weights, kl = self._draw(self._noise(n, generator))
+            for stack, W in zip(self.stacks, live.add(weights, kl), strict=True):
+                for factor, own in zip(stack.factors, (W[0] if n == 1 else W).unbind(-3), strict=True):
+                    factor.hold(own)
+            yield live
+            live.push()
+        finally:
+            for factor in self.factors:
+                factor.hold(None)
+
+    def _noise(self, n: int, source: Source) -> Tensor:
+        """Noise of n draws, sample by sample, (n, all stacks' noise)."""
+        size = sum(stack.noise_size for stack in self.stacks)
+        first = self.stacks[0]
+        drawn = [draw_noise(size, first.device, source, first.factors[0].unit.dtype) for _ in range(n)]
+        return torch.stack(drawn)
+
+    def _draw(self, noise: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Weights (S, n, d_out, d_in) of every stack, and the total KL."""
+        tensors = [stack.tensors() for stack in self.stacks]
+        if self._graph is not None and noise.is_cuda and torch.is_grad_enabled():
+            *weights, kl = self._graph(draw_stacks, self.stacks, tensors, noise)
+        else:
+            *weights, kl = draw_stacks(self.stacks, tensors, noise)
+        return weights, kl
 
 
-def draw_group(factors: list[InducingFactor], noise: Noise) -> Draw:
-    """Draw factors of one structure from explicit noise with leading dimensions (S, n)."""
-    return posterior.sample(factors[0].spec, stack_tensors(factors), noise, factors[0].flow)
+def draw_stacks(stacks: list[FactorStack], tensors: list[dict[str, Tensor]], noise: Tensor) -> tuple[Tensor, ...]:
+    """Every stack's weights, then the KL summed over all factors, nats, a scalar."""
+    parts = noise.split([stack.noise_size for stack in stacks], dim=1)
+    drawn = [s.draw(t, part.to(s.device)) for s, t, part in zip(stacks, tensors, parts, strict=True)]
+    return *(W for W, _ in drawn), torch.stack([kl.sum().to(noise.device) for _, kl in drawn]).sum()
 
 
-@contextmanager
-def sample(model: nn.Module, n: int = 1, generator: torch.Generator | None = None) -> Iterator[LiveSample]:
+def sample(model: nn.Module, n: int = 1, generator: Source = None) -> AbstractContextManager[LiveSample]:
     """Hold ``n`` posterior draws of every active factor while the context is open.
 
     Inside, a batch of n*B rows uses draw i for rows i*B to (i+1)*B (with n = 1, one draw for every row). The draws
     are made here and nowhere else, so recomputation under gradient checkpointing sees them again. Run backward before
     the context ends: the parameters receive their gradients when it ends. Draw anew for every micro-batch. Noise is
     drawn sample by sample, so n draws at once are the same as n draws of one, and results do not depend on how
-    samples are split over forwards.
+    samples are split over forwards. A loop that draws often keeps a ``Sampler``.
 
     Args:
         model: a PEFT model with SGP-LoRA adapters.
         n: number of draws, >= 1.
-        generator: source of randomness; the global one of the device if None.
+        generator: source of randomness, or ``Antithetic``; the global one of the device if None.
 
-    Yields:
-        A ``LiveSample``; its ``kl()`` is the KL term of the objective.
+    Returns:
+        A context that yields a ``LiveSample``; its ``kl()`` is the KL term of the objective.
 
     Raises:
         ValueError: for n < 1, no active factor, a merged adapter, or a context that is already open.
         RuntimeError: from a backward pass that comes after the context has ended.
     """
-    if n < 1:
-        raise ValueError(f"the number of posterior samples must be at least 1, got {n}")
-    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
-        raise ValueError("the adapter is merged, so there is nothing to draw: call unmerge_adapter first")
-    factors = active_factors(model)
-    if any(factor.has_sample for factor in factors):
-        raise ValueError("posterior samples are already live: leave the outer bnn.sample context first")
-    groups = group_by_spec(factors)
-    per_sample = [
-        [
-            posterior.draw_noise(spec, len(group), 1, device, generator, group[0].unit.dtype)
-            for (spec, device), group in groups.items()
-        ]
-        for _ in range(n)
-    ]
-    live = LiveSample(n)
-    try:
-        for group, noises in zip(groups.values(), zip(*per_sample, strict=True), strict=True):
-            draw = draw_group(group, posterior.concatenate_noise(noises))
-            weights = live.add(draw, group[0].compute_dtype)
-            for factor, W in zip(group, weights.unbind(dim=1), strict=True):
-                factor.hold(W)
-        yield live
-        live.push()
-    finally:
-        for factor in factors:
-            factor.hold(None)
+    return Sampler(model).draw(n, generator)

@@ -6,7 +6,7 @@ and the plain path are the same code.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from bnn.inducing.families import Family, make_family
 from bnn.inducing.flow import InducingFlow, apply_stacked
 from bnn.inducing.kl import LOG_2PI, conditional_kl, gaussian_kl, log_det_kronecker
 from bnn.inducing.prior import Frame, whiten
+from bnn.noise import Noise
 
 FLOW_PREFIX = "flow."
 MEAN_DRAWS = 256
@@ -47,17 +48,6 @@ class FactorSpec:
         return make_family(self.family, self.members)
 
 
-class Noise(NamedTuple):
-    """Standard normal draws behind S samples of n factors; every field has leading dimensions (S, n)."""
-
-    eps: Tensor
-    """For q(U), (S, n, m_r, m_c)."""
-    E1: Tensor | None
-    """For the conditional, (S, n, d_out, d_in); with E2 and E3 None where the spec has no conditional noise."""
-    E2: Tensor | None
-    E3: Tensor | None
-
-
 class Draw(NamedTuple):
     """S samples of n factors with what the KL needs."""
 
@@ -70,32 +60,10 @@ class Draw(NamedTuple):
 Tensors = Mapping[str, Tensor]
 
 
-def draw_noise(
-    spec: FactorSpec,
-    n: int,
-    samples: int,
-    device: torch.device,
-    generator: torch.Generator | None,
-    dtype: torch.dtype,
-) -> Noise:
-    """Fresh noise for ``samples`` draws of ``n`` factors, in a fixed order, on the generator's device if given."""
-
-    def normal(shape: tuple[int, int]) -> Tensor:
-        source = device if generator is None else generator.device
-        return torch.randn(samples, n, *shape, generator=generator, device=source, dtype=dtype).to(device)
-
-    eps = normal((spec.m_r, spec.m_c))
-    if not spec.conditional_noise:
-        return Noise(eps, None, None, None)
-    return Noise(eps, *(normal(shape) for shape in noise_shapes(spec.d_out, spec.d_in, spec.m_r, spec.m_c)))
-
-
-def concatenate_noise(noises: Sequence[Noise]) -> Noise:
-    """Join draws along the sample dimension."""
-    if len(noises) == 1:
-        return noises[0]
-    joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*noises, strict=True)]
-    return Noise(*joined)  # type: ignore[arg-type]  # None stays None: eps never is
+def noise_shapes_of(spec: FactorSpec) -> list[tuple[int, int]]:
+    """Shapes, per factor, of the fields of ``Noise`` that ``sample`` consumes."""
+    conditional = noise_shapes(spec.d_out, spec.d_in, spec.m_r, spec.m_c) if spec.conditional_noise else ()
+    return [(spec.m_r, spec.m_c), *conditional]
 
 
 def frames(spec: FactorSpec, tensors: Tensors) -> tuple[Frame, Frame]:
@@ -121,7 +89,7 @@ def sample(spec: FactorSpec, tensors: Tensors, noise: Noise, flow: InducingFlow 
     Args:
         spec: structure.
         tensors: the factors' tensors, each stacked (n, ...).
-        noise: see ``draw_noise``.
+        noise: with leading dimensions (S, n), see ``noise_shapes_of``.
         flow: structure of the flow, or None.
 
     Returns:

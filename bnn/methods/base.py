@@ -109,6 +109,13 @@ class Method:
         gradients of that step are still there.
         """
 
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """What a resumed run needs beyond parameters and optimiser: tensors and plain values."""
+        return {}
+
+    def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Take back what ``state`` gave; called after ``start``."""
+
     def fit(self, model: nn.Module, score: Score, data: FitData, generator: torch.Generator) -> dict[str, float]:
         """What is determined after training (temperature, curvature, noise scale); returns what the log should say."""
         return {}

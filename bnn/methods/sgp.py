@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig
-from bnn.methods.base import Method, check_targets, trainable
-from bnn.sampler import LiveSample, sample
+from bnn.methods.base import Method, check_targets
+from bnn.noise import Antithetic
+from bnn.sampler import LiveSample, Sampler, sample
 
 SCALES = ("raw_sd", "raw_row", "raw_col", "raw_tril", "raw_lambda", "raw_prior_sd", "raw_D_r", "raw_D_c")
 """Parameters on a log-like scale: spreads, lambda, sigma_p, D."""
@@ -21,35 +22,51 @@ class SGP(Method):
     Args:
         scale_lr_factor: learning rate of the scale parameters relative to that of Z and the location of q(U). They
             live on a log-like scale and have far to go in the few hundred steps of a fine-tuning run.
+        antithetic: predict with mirrored pairs of draws (``bnn.Antithetic``) instead of independent ones.
+        cuda_graph: on a GPU, make the draws of training by CUDA graphs.
         posterior: arguments of ``SGPLoraConfig`` beyond LoRA's own.
     """
 
     stochastic = True
 
-    def __init__(self, scale_lr_factor: float, posterior: dict[str, Any]) -> None:
+    def __init__(self, scale_lr_factor: float, antithetic: bool, cuda_graph: bool, posterior: dict[str, Any]) -> None:
         self.scale_lr_factor = scale_lr_factor
+        self.antithetic = antithetic
+        self.cuda_graph = cuda_graph
         self.posterior = posterior
+        self._trained: tuple[nn.Module, Sampler] | None = None
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """See ``Method.adapt``."""
         check_targets(model, lora["target_modules"])
         return get_peft_model(model, SGPLoraConfig(**lora, **self.posterior))
 
-    def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> AbstractContextManager[LiveSample]:
+    def sample(self, model: nn.Module, n: int, generator: Any) -> AbstractContextManager[LiveSample]:
         """See ``bnn.sample``."""
+        if self._trained is not None and self._trained[0] is model:
+            return self._trained[1].draw(n, generator)
         return sample(model, n, generator)
+
+    def predict(self, *args: Any, generator: torch.Generator | None, **kwargs: Any) -> Tensor:
+        """See ``Method.predict``."""
+        source: Any = Antithetic(generator) if self.antithetic else generator
+        return super().predict(*args, generator=source, **kwargs)
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Z, q's location and the flow at ``lr``; scales at ``lr * scale_lr_factor``. The prior is the only decay.
+
+        The parameters are stacked over factors of equal structure, and the model's own become views into them.
 
         Raises:
             ValueError: for a weight decay, which would be a second prior on parameters that have one.
         """
         if weight_decay:
             raise ValueError(f"method=sgp has a prior: weight_decay={weight_decay} would be a second one, set it to 0")
+        sampler = Sampler(model, own=True, cuda_graph=self.cuda_graph)
+        self._trained = (model, sampler)
         scales: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for name, parameter in trainable(model):
-            (scales if name.rsplit(".", 1)[-1] in SCALES else others).append(parameter)
+        for name, parameter in sampler.parameters():
+            (scales if name in SCALES else others).append(parameter)
         groups = [{"params": others, "lr": lr}, {"params": scales, "lr": lr * self.scale_lr_factor}]
         return [group | {"weight_decay": 0.0} for group in groups]

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from bnn.inducing.posterior import FactorSpec, noise_shapes_of
+from bnn.noise import Noise, draw_noise, noise_size, shape_noise
+from bnn.stack import FactorStack
+
 FAMILIES = {
     "diagonal": {},
     "matrix_normal": {"family": "matrix_normal"},
@@ -24,3 +28,22 @@ def logits_of(model, ids: Tensor, **kwargs) -> Tensor:
 
 def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
+
+
+def noise_for(
+    spec: FactorSpec, n: int, samples: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Noise:
+    """``samples`` draws for ``n`` factors, (samples, n, ...)."""
+    return shape_noise(flat_noise(spec, n, samples, generator, dtype), noise_shapes_of(spec), n)
+
+
+def flat_noise(spec: FactorSpec, n: int, samples: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """The same, (samples, all numbers)."""
+    size = noise_size(noise_shapes_of(spec), n)
+    return draw_noise(samples * size, torch.device("cpu"), generator, dtype).view(samples, size)
+
+
+def draw_alone(factors: list, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """W (samples, n, d_out, d_in) and KL (n,) of a stack of these factors."""
+    stack = FactorStack(factors)
+    return stack.draw(stack.tensors(), noise)

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
+from bnn_cases import draw_alone, flat_noise, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
 from bnn.inducing import posterior
 from bnn.layers import InducingFactor
-from bnn.sampler import draw_group
 
 R, WIDTH = 4, 12
 """The shape of the fixture ``A``."""
@@ -142,10 +142,7 @@ def test_refuses_impossible_settings(settings, message, A, make_factor):
 
 
 def draw(factor: InducingFactor, samples: int) -> Tensor:
-    noise = posterior.draw_noise(
-        factor.spec, 1, samples, torch.device("cpu"), torch.Generator().manual_seed(5), torch.float32
-    )
-    return draw_group([factor], noise).W[:, 0]
+    return draw_alone([factor], flat_noise(factor.spec, 1, samples, seeded(5), torch.float32))[0][:, 0]
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (2, 3)], ids=str)

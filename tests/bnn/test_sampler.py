@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from bnn_cases import FAMILIES, seeded
+from bnn_cases import FAMILIES, draw_alone, flat_noise, seeded
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import bnn
-from bnn.inducing import posterior
+from bnn.inducing.posterior import noise_shapes_of
 from bnn.layers import InducingFactor
-from bnn.sampler import active_factors, draw_group, group_by_spec
+from bnn.noise import shape_noise
+from bnn.sampler import active_factors, group_by_spec
+from bnn.stack import FactorStack
 
 
 def logits_of(model, ids: Tensor) -> Tensor:
@@ -99,13 +101,13 @@ def test_stacked_draw_is_the_draw_of_each_factor(config, make_adapted):
     model = make_adapted(target_modules=["q_proj", "o_proj", "gate_proj"], layers_to_transform=[0], **config)
     (spec, _), factors = max(group_by_spec(active_factors(model)).items(), key=lambda item: len(item[1]))
     assert len(factors) == 3
-    noise = posterior.draw_noise(spec, 3, 2, torch.device("cpu"), seeded(), torch.float32)
-    stacked = draw_group(factors, noise)
+    noise = flat_noise(spec, 3, 2, seeded(), torch.float32)
+    W, kl = draw_alone(factors, noise)
     for i, factor in enumerate(factors):
-        part = posterior.Noise(*(None if x is None else x[:, i : i + 1] for x in noise))
-        alone = draw_group([factor], part)
-        torch.testing.assert_close(stacked.W[:, i : i + 1], alone.W, rtol=0, atol=1e-6)
-        torch.testing.assert_close(stacked.kl[i : i + 1], alone.kl, rtol=1e-6, atol=1e-4)
+        fields = [x for x in shape_noise(noise, noise_shapes_of(spec), 3) if x is not None]
+        W_alone, kl_alone = draw_alone([factor], torch.cat([x[:, i].flatten(1) for x in fields], dim=1))
+        torch.testing.assert_close(W[:, i : i + 1], W_alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(kl[i : i + 1], kl_alone, rtol=1e-6, atol=1e-4)
 
 
 def test_factors_are_grouped_by_structure(make_adapted):
@@ -122,8 +124,7 @@ def test_kl_is_the_sum_over_factors(make_adapted):
         total = live.kl()
     each = []
     for factor in active_factors(model):
-        noise = posterior.draw_noise(factor.spec, 1, 1, torch.device("cpu"), seeded(), torch.float32)
-        each.append(draw_group([factor], noise).kl)
+        each.append(draw_alone([factor], flat_noise(factor.spec, 1, 1, seeded(), torch.float32))[1])
     torch.testing.assert_close(total, torch.cat(each).sum(), rtol=1e-5, atol=0)
     assert total.requires_grad
     assert total.dim() == 0
@@ -169,14 +170,15 @@ def test_context_clears_after_an_exception(exception, make_adapted, ids):
 def test_a_failed_draw_leaves_nothing_live(make_adapted, ids, monkeypatch):
     model = make_adapted()
     calls = []
+    draw = FactorStack.draw
 
-    def fail_at_second(factors, noise):
-        calls.append(factors)
+    def fail_at_second(stack, *arguments):
+        calls.append(stack)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return draw_group(factors, noise)
+        return draw(stack, *arguments)
 
-    monkeypatch.setattr("bnn.sampler.draw_group", fail_at_second)
+    monkeypatch.setattr(FactorStack, "draw", fail_at_second)
     with pytest.raises(RuntimeError, match="out of memory"), bnn.sample(model, 1, seeded()):
         pass
     assert not any(f.has_sample for f in active_factors(model))

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bnn_cases import noise_for
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 
 from bnn.inducing import posterior
-from bnn.inducing.posterior import FactorSpec, Noise, concatenate_noise, draw_noise
+from bnn.inducing.posterior import FactorSpec
 from bnn.linalg import lower_triangular
+from bnn.noise import Noise
 
 CPU = torch.device("cpu")
 SPECS = {
@@ -29,10 +31,6 @@ SPECS = {
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
 def spec(request) -> FactorSpec:
     return request.param
-
-
-def noise_for(spec: FactorSpec, n: int, samples: int, generator: torch.Generator) -> Noise:
-    return draw_noise(spec, n, samples, CPU, generator, torch.float64)
 
 
 def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:
@@ -66,7 +64,7 @@ def test_sample_and_kl_of_stacked_factors_are_those_of_each_alone(spec, make_ten
     assert draw.kl.shape == (3,)
     for i in range(3):
         one = {name: t[i : i + 1] for name, t in tensors.items()}
-        part = Noise(*(None if x is None else x[:, i : i + 1] for x in noise))
+        part = Noise(*(x[:, i : i + 1] for x in noise if x is not None))
         alone = posterior.sample(spec, one, part, flow)
         torch.testing.assert_close(draw.W[:, i : i + 1], alone.W, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(draw.kl[i : i + 1], alone.kl, rtol=1e-10, atol=1e-10)
@@ -79,7 +77,8 @@ def test_sample_and_kl_of_stacked_factors_are_those_of_each_alone(spec, make_ten
 def test_draws_joined_are_the_draws_made_one_by_one(spec, make_tensors, generator):
     tensors, flow = make_tensors(spec, 2)
     noises = [noise_for(spec, 2, 1, generator) for _ in range(3)]
-    joined = posterior.sample(spec, tensors, concatenate_noise(noises), flow).W
+    stacked = Noise(*(torch.cat(parts) for parts in zip(*noises, strict=True) if parts[0] is not None))
+    joined = posterior.sample(spec, tensors, stacked, flow).W
     single = torch.cat([posterior.sample(spec, tensors, noise, flow).W for noise in noises])
     torch.testing.assert_close(joined, single, rtol=1e-10, atol=1e-10)
 

@@ -5,19 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bnn_cases import noise_for
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from bnn.inducing import posterior
 from bnn.inducing.kl import conditional_kl
-from bnn.inducing.posterior import FactorSpec, Noise, draw_noise
+from bnn.inducing.posterior import FactorSpec
 from bnn.linalg import lower_triangular
 
 CPU = torch.device("cpu")
-
-
-def noise_for(spec: FactorSpec, n: int, samples: int, generator: torch.Generator) -> Noise:
-    return draw_noise(spec, n, samples, CPU, generator, torch.float64)
 
 
 def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:

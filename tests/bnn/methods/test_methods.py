@@ -1,7 +1,5 @@
 """What a method offers to the training script."""
 
-from collections import Counter
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from bnn.layers import InducingFactor
 from bnn.methods import MLE, SGP
 from bnn.methods.base import check_targets, trainable
 from bnn.methods.sgp import SCALES
+from bnn.sampler import active_factors
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 POSTERIORS = [
@@ -23,7 +22,7 @@ POSTERIORS = [
 
 
 def sgp(scale_lr_factor: float = 3.0, **posterior) -> SGP:
-    return SGP(scale_lr_factor, {"inducing_rows": 5, "inducing_cols": 5, **posterior})
+    return SGP(scale_lr_factor, True, True, {"inducing_rows": 5, "inducing_cols": 5, **posterior})
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS, ids=str)
@@ -31,16 +30,21 @@ def test_sgp_groups_hold_every_trainable_parameter_once(posterior, make_llama):
     method = sgp(**posterior)
     model = method.adapt(make_llama(), LORA)
     groups = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
-    counts = Counter(id(p) for group in groups for p in group["params"])
-    assert counts == Counter(id(p) for _, p in trainable(model))
-    torch.optim.AdamW(groups).step()
+    updated = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in updated}) == len(updated)
+    assert sum(p.numel() for p in updated) == sum(p.numel() for _, p in trainable(model))
+    before = {name: p.clone() for name, p in trainable(model)}
+    for p in updated:
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(groups).step()
+    assert all((before[name] - p).abs().min() > 1e-3 for name, p in trainable(model))
 
 
 def test_sgp_groups_separate_scales_from_locations(make_llama):
     method = sgp()
     model = method.adapt(make_llama(), LORA)
-    names = {id(p): name.rsplit(".", 1)[-1] for name, p in trainable(model)}
     others, scales = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
+    names = {id(leaf): n for f in active_factors(model) for n, leaf in f._stack[0].items()}
     assert {names[id(p)] for p in others["params"]} == {"Z_r", "Z_c", "raw_loc"}
     assert {names[id(p)] for p in scales["params"]} == {"raw_D_r", "raw_D_c", "raw_sd", "raw_lambda", "raw_prior_sd"}
     assert (others["lr"], scales["lr"]) == (0.01, pytest.approx(0.03))

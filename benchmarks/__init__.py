@@ -1,0 +1,1 @@
+"""Benchmarks of speed, memory and sampling cost; each module is a command."""

@@ -1,0 +1,41 @@
+"""Maximum a posteriori (MAP): LoRA with a Gaussian prior, that is with weight decay."""
+
+from typing import Any
+
+from torch import nn
+
+from bnn.methods.mle import MLE
+
+
+class MAP(MLE):
+    """The most probable LoRA adapter under N(0, sigma_p^2) on every entry of A and B.
+
+    -log p(theta) / N adds theta / (N sigma_p^2) to the gradient of the mean negative log-likelihood (Bishop, 2006,
+    Eq. 3.55). It is applied decoupled from AdamW's moments (Loshchilov & Hutter, ICLR 2019, Algorithm 2): every step
+    multiplies theta by 1 - lr * weight_decay, so the correspondence weight_decay = 1 / (N sigma_p^2) is exact for
+    gradient descent and nominal for AdamW, whose gradient part is rescaled and this part is not.
+
+    Args:
+        weight_decay: the decay, relative to the learning rate; takes the place of ``opt.weight_decay``.
+
+    Raises:
+        ValueError: for a decay that is not positive.
+    """
+
+    def __init__(self, weight_decay: float) -> None:
+        if weight_decay <= 0:
+            raise ValueError(f"method=map needs weight_decay > 0, got {weight_decay}: use method=mle for no prior")
+        self.weight_decay = weight_decay
+
+    def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """A and B at ``lr`` with the method's own decay.
+
+        Raises:
+            ValueError: for an optimiser's weight decay, which would be a second prior.
+        """
+        if weight_decay:
+            raise ValueError(
+                f"method=map has its own weight_decay={self.weight_decay}: opt.weight_decay={weight_decay} would be "
+                "a second prior, set it to 0"
+            )
+        return super().parameter_groups(model, lr, self.weight_decay)

@@ -1,0 +1,185 @@
+"""Laplace-LoRA against autograd and dense linear algebra."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bnn.methods.base import FitData
+from bnn.methods.laplace import Laplace
+from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
+from bnn.methods.laplace_predictive import draw, fit_precision, linearised, log_evidence
+
+LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # the code under test works in float32
+
+
+def score(model, batch):
+    """Last token's logits of three choices; the third is absent where the first token is even."""
+    scores = model(input_ids=batch.input_ids).logits[:, -1, :3]
+    absent = torch.zeros_like(scores, dtype=torch.bool)
+    absent[:, 2] = batch.input_ids[:, 0] % 2 == 0
+    return scores.masked_fill(absent, -torch.inf)
+
+
+def batch_of(ids):
+    return SimpleNamespace(input_ids=ids, answer=torch.zeros(len(ids), dtype=torch.long))
+
+
+def method(layers="all", max_dim=64) -> Laplace:
+    return Laplace(layers, prior_precision=1.0, steps=50, lr=0.1, max_dim=max_dim)
+
+
+@pytest.fixture
+def model(make_llama):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = method().adapt(make_llama(), LORA)
+    noise = torch.Generator().manual_seed(0)
+    for m in lora_matrices(adapted, "all").values():
+        m.weight.data += 0.3 * torch.randn(m.weight.shape, generator=noise, dtype=torch.float64)
+    return adapted.eval()
+
+
+def fitted(model, ids, layers="all") -> Laplace:
+    laplace = method(layers)
+    laplace.fit(model, score, FitData([batch_of(ids)], [], len(ids), 10**6), torch.Generator())
+    return laplace
+
+
+def predict(laplace, model, batches, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return laplace.predict(model, score, batches, n=n, generator=generator, max_tokens_per_forward=10**6)
+
+
+def jacobian(model, ids, weight):
+    """Rows d score_c / d vec(weight) of one example by autograd, 0 for absent choices: (C, P)."""
+    scores = score(model, batch_of(ids))[0]
+    grads = [
+        torch.autograd.grad(s, weight, retain_graph=True)[0].flatten() for s in scores.masked_fill(scores.isinf(), 0)
+    ]
+    return torch.stack(grads)
+
+
+def dense(k: Kronecker):
+    """The block over vec(W), W's rows one below the other: G (x) A."""
+    A = k.a_vectors * k.a_values @ k.a_vectors.T
+    G = k.g_vectors * k.g_values @ k.g_vectors.T
+    return torch.kron(G, A).double()
+
+
+def test_kfac_is_the_ggn_of_one_token(model, ids):
+    one = ids[:1, :1]
+    matrices = lora_matrices(model, "all")
+    factors = kfac(model, score, [batch_of(one)], matrices, 64)
+    p = score(model, batch_of(one))[0].softmax(-1).detach()
+    assert len(matrices) == 8
+    seen = 0.0
+    for name, m in matrices.items():
+        J = jacobian(model, one, m.weight)
+        expected = J.T @ (p.diag() - p[:, None] * p) @ J
+        torch.testing.assert_close(dense(factors[name]), expected, **CLOSE)
+        seen = max(seen, expected.abs().max().item())
+    assert seen > 1e-3  # v_proj; q_proj has no gradient with one token
+
+
+def test_kfac_factors_are_the_token_covariances(model, ids):
+    """Several tokens and examples: G keeps each token's own gradient, so compare with explicit sums."""
+    name, m = next((n, m) for n, m in lora_matrices(model, "all").items() if "1.self_attn.v_proj.lora_B" in n)
+    k = kfac(model, score, [batch_of(ids[:2]), batch_of(ids[2:])], {name: m}, 64)[name]
+    A, G = torch.zeros(3, 3).double(), torch.zeros(8, 8).double()
+    for row in ids:
+        kept = {}
+        hook = m.register_forward_hook(lambda _, x, y, kept=kept: kept.update(a=x[0].detach()[0], y=y))
+        scores = score(model, batch_of(row[None]))[0]
+        hook.remove()
+        p = scores.softmax(-1).detach()
+        root = torch.linalg.eigh(p.diag() - p[:, None] * p)
+        for value, vector in zip(root.eigenvalues.clamp_min(0), root.eigenvectors.T, strict=True):
+            direction = (vector * value.sqrt()).masked_fill(scores.isinf(), 0)
+            (g,) = torch.autograd.grad(
+                (scores.masked_fill(scores.isinf(), 0) * direction).sum(), kept["y"], retain_graph=True
+            )
+            G += g[0].T @ g[0]
+        A += kept["a"].T @ kept["a"]
+    torch.testing.assert_close(dense(k), torch.kron(G, A / ids.numel()), **CLOSE)
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_covariance_of_scores_is_dense_linear_algebra(layers, model, ids):
+    laplace = fitted(model, ids, layers)
+    matrices = lora_matrices(model, layers)
+    assert len(matrices) == {"all": 8, "last": 4}[layers]
+    mean, covariance = linearised(model, score, batch_of(ids), matrices, laplace.factors, 0.7)
+    for row in range(len(ids)):
+        expected = torch.zeros(3, 3).double()
+        for name, m in matrices.items():
+            H = dense(laplace.factors[name])
+            J = jacobian(model, ids[row : row + 1], m.weight)
+            expected += J @ torch.linalg.solve(H + 0.7 * torch.eye(len(H)), J.T)
+        torch.testing.assert_close(covariance[row].double(), expected, **CLOSE)
+    torch.testing.assert_close(mean, score(model, batch_of(ids)).detach().float())
+
+
+def test_evidence_is_the_dense_log_determinant(generator):
+    root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    H, p = root @ root.T, torch.tensor(0.3).double()
+    got = log_evidence(torch.tensor(-2.0), torch.tensor(1.5), torch.linalg.eigvalsh(H), p.log())
+    expected = -2.0 - 0.5 * p * 1.5 - 0.5 * (torch.logdet(H + p * torch.eye(5)) - 5 * p.log())
+    torch.testing.assert_close(got, expected)
+
+
+def test_precision_is_at_the_maximum_of_the_evidence():
+    """No curvature in P - 3 directions and much in 3: the maximum solves p |theta|^2 = sum h / (h + p)."""
+    values = torch.tensor([0.0, 0.0, 5.0, 50.0, 500.0])
+    p = fit_precision(torch.tensor(-1.0), torch.tensor(4.0), values, start=10.0, steps=500, lr=0.05)
+    assert p * 4.0 == pytest.approx((values / (values + p)).sum().item(), rel=1e-3)
+
+
+def test_draws_have_the_moments(generator):
+    """40,000 draws: the standard error of a covariance entry is about 2 * 2 / 200 = 0.02; tolerance 4 of them."""
+    covariance = torch.tensor([[[2.0, 0.6, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 0.0]]])
+    draws = draw(torch.tensor([[1.0, -1.0, -torch.inf]]), covariance, 40_000, generator)[:, 0]
+    assert draws[:, 2].isneginf().all()
+    torch.testing.assert_close(draws[:, :2].mean(0), torch.tensor([1.0, -1.0]), rtol=0, atol=0.04)
+    torch.testing.assert_close(draws[:, :2].T.cov(), covariance[0, :2, :2], rtol=0, atol=0.08)
+
+
+def test_predictions_do_not_depend_on_the_batches_and_keep_absent_choices(model, ids):
+    laplace = fitted(model, ids)
+    whole = predict(laplace, model, [batch_of(ids)], 6)
+    split = predict(laplace, model, [batch_of(ids[:1]), batch_of(ids[1:])], 6)
+    assert whole.shape == (6, 3, 3)
+    assert torch.equal(whole.isneginf(), score(model, batch_of(ids)).isneginf().expand(6, -1, -1))
+    finite = whole.isfinite()
+    torch.testing.assert_close(whole[finite], split[finite], rtol=1e-3, atol=1e-3)
+    assert whole[:, :, 0].std(0).min() > 1e-3
+    assert torch.equal(predict(laplace, model, [batch_of(ids)], None)[0], score(model, batch_of(ids)).detach().float())
+
+
+def test_a_larger_precision_gives_less_variance(model, ids):
+    laplace, matrices = fitted(model, ids), lora_matrices(model, "all")
+    few, many = (linearised(model, score, batch_of(ids), matrices, laplace.factors, p)[1] for p in (0.1, 10.0))
+    assert (many[:, 0, 0] < few[:, 0, 0]).all()
+
+
+def test_saved_and_loaded_predicts_the_same(model, ids, make_llama, tmp_path):
+    laplace = fitted(model, ids)
+    laplace.save(model, tmp_path)
+    other = method()
+    loaded = other.load(make_llama(), tmp_path).eval()
+    assert other.precision == laplace.precision != 1.0
+    # PEFT reloads the adapter as float32
+    expected, got = predict(laplace, model, [batch_of(ids)], 4), predict(other, loaded, [batch_of(ids)], 4)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="layers=all, not last"):
+        method("last").load(make_llama(), tmp_path)
+
+
+def test_mistakes_are_named(model, ids):
+    with pytest.raises(ValueError, match="no curvature yet"):
+        predict(method(), model, [batch_of(ids)], 2)
+    with pytest.raises(ValueError, match=r"16 x 16 takes .*max_dim=8"):
+        kfac(model, score, [batch_of(ids)], lora_matrices(model, "all"), 8)
+    with pytest.raises(ValueError, match="layers='some'"):
+        lora_matrices(model, "some")

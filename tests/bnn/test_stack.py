@@ -1,0 +1,144 @@
+"""Stacked parameters: the same draws, gradients and updates as the factors' own."""
+
+import copy
+
+import pytest
+import torch
+from bnn_cases import FAMILIES, gap, logits_of, seeded
+from peft import PeftModel
+from torch import Tensor
+
+import bnn
+from bnn.sampler import Sampler, active_factors
+
+
+def own_gradients(model, ids: Tensor, *, n: int = 2) -> dict[str, Tensor]:
+    """Gradients of the plain path, by parameter name."""
+    with bnn.sample(model, n, seeded()) as live:
+        (model(input_ids=ids.repeat(n, 1)).logits.square().mean() + 1e-3 * live.kl()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def stacked_gradients(model, sampler: Sampler) -> dict[str, Tensor]:
+    """Slices of the stacked parameters' gradients, by the factors' parameter names."""
+    found = {}
+    for stack in sampler.stacks:
+        for i, factor in enumerate(stack.factors):
+            prefix = next(name for name, module in model.named_modules() if module is factor)
+            found |= {f"{prefix}.{n}": t.grad[i] for n, t in stack.leaves.items() if t.grad is not None}
+    return found
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_gradients_are_those_of_the_plain_path(config, make_adapted, ids):
+    plain, stacked = make_adapted(**config), make_adapted(**config)
+    sampler = Sampler(stacked, own=True)
+    expected = own_gradients(plain, ids)
+    with sampler.draw(2, seeded()) as live:
+        (stacked(input_ids=ids.repeat(2, 1)).logits.square().mean() + 1e-3 * live.kl()).backward()
+    found = stacked_gradients(stacked, sampler)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in stacked.parameters())
+
+
+def test_an_update_of_the_stacks_is_one_of_the_model(make_adapted, ids):
+    plain, stacked = make_adapted(), make_adapted()
+    sampler = Sampler(stacked, own=True)
+    optimizers = [
+        torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1),
+        torch.optim.SGD([p for _, p in sampler.parameters()], lr=0.1),
+    ]
+    before = logits_of(stacked, ids)
+    for _ in range(3):
+        own_gradients(plain, ids)
+        with sampler.draw(2, seeded()) as live:
+            (stacked(input_ids=ids.repeat(2, 1)).logits.square().mean() + 1e-3 * live.kl()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert gap(logits_of(stacked, ids), before) > 1e-3
+    assert gap(logits_of(stacked, ids), logits_of(plain, ids)) < 1e-4
+    for a, b in zip(plain.parameters(), stacked.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_the_mean_path_reach_the_stacks(make_adapted, ids):
+    plain, stacked = make_adapted(), make_adapted()
+    sampler = Sampler(stacked, own=True)
+    for model in (plain, stacked):
+        model(input_ids=ids).logits.square().mean().backward()
+    found = stacked_gradients(stacked, sampler)
+    expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert found.keys() >= expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_bnn_sample_sees_stacked_parameters(make_adapted, ids):
+    model = make_adapted()
+    with torch.no_grad(), bnn.sample(model, 1, seeded()):
+        expected = logits_of(model, ids)
+    sampler = Sampler(model, own=True)
+    with torch.no_grad(), bnn.sample(model, 1, seeded()):
+        assert torch.equal(logits_of(model, ids), expected)
+    with bnn.sample(model, 1, seeded()) as live:
+        live.kl().backward()
+    assert all(leaf.grad is not None for name, leaf in sampler.parameters() if name == "raw_lambda")
+
+
+def test_saving_and_loading_know_nothing_of_stacks(make_adapted, make_llama, ids, tmp_path):
+    model = make_adapted()
+    Sampler(model, own=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path).eval()
+    assert gap(logits_of(loaded, ids), logits_of(model, ids)) < 2e-5
+
+
+@pytest.mark.parametrize("replace", ["move", "assign", "copy"])
+def test_replaced_parameters_are_refused(replace, make_adapted):
+    model = make_adapted()
+    sampler = Sampler(model, own=True)
+    if replace == "move":
+        for factor in active_factors(model):
+            factor.Z_r.data = factor.Z_r.data.clone()
+    elif replace == "assign":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        model = copy.deepcopy(model)
+        sampler = Sampler(model)
+    with pytest.raises(RuntimeError, match="moved or replaced"), sampler.draw(1):
+        pass
+
+
+@torch.no_grad()
+def test_the_cached_mean_follows_the_stacks(make_adapted, ids):
+    model = make_adapted()
+    sampler = Sampler(model, own=True)
+    before = logits_of(model, ids)
+    for name, leaf in sampler.parameters():
+        if name == "raw_loc":
+            leaf.mul_(2)
+    assert gap(logits_of(model, ids), before) > 1e-3
+
+
+def test_antithetic_draws_mirror_the_one_before_across_contexts(make_adapted):
+    model = make_adapted()
+    factor = active_factors(model)[0]
+
+    def draws(*sizes: int) -> Tensor:
+        source = bnn.Antithetic(seeded())
+        found = []
+        with torch.no_grad():
+            for size in sizes:
+                with bnn.sample(model, size, source):
+                    found.append(factor.weight.reshape(size, *factor.weight.shape[-2:]).clone())
+        return torch.cat(found)
+
+    W = draws(4)
+    with torch.no_grad():
+        torch.testing.assert_close(W[0] + W[1], 2 * factor.mean_weight().double(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(W[2] + W[3], W[0] + W[1], rtol=0, atol=1e-6)
+    assert gap(W[0], W[2]) > 1e-3
+    torch.testing.assert_close(draws(1, 2, 1), W, rtol=0, atol=1e-7)
