@@ -1,0 +1,198 @@
+"""Search configuration keys for the trade-off between accuracy and calibration, by multi-objective optimisation.
+
+    python search_script.py KEY=VALUE ... > logs/search.log 2>&1
+
+Each trial is a run of ``train_script.py`` with other values of the keys in ``search.space``, judged on validation data
+only. The same command again goes on with the study; started several times at once, the processes share it. Reads from
+top to bottom: main -> search -> trial -> report -> finals.
+"""
+
+import gc
+import logging
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import optuna
+import torch
+import transformers
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from optuna.trial import FrozenTrial
+
+import train_script as ts
+from bnn.metrics import evaluate_predictions
+from utils.search.analysis import hypervolume_curves, importances
+from utils.search.experiment import compose, flat, write_experiment
+from utils.search.figures import plot_search
+from utils.search.pruning import WatchedLogger, watcher
+from utils.search.results import final_test, write_front
+from utils.search.sampler import NumberedSampler
+from utils.search.selection import Point, pareto_front, select
+from utils.search.settings import check_search, training_overrides
+from utils.search.space import Space, first_values, overrides_of, read_space, suggest
+from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, try_lock, work
+from utils.settings import check, fingerprint, one_line, plain
+
+logger = logging.getLogger("search")
+
+
+def settings_of(base: Sequence[str], values: dict[str, Any], **own: Any) -> DictConfig:
+    """The configuration of one training run: the command line, searched values, and the run's own keys on top."""
+    run = {"overwrite": True, "eval.split": "validation"} | own
+    return compose(ts.CONFIGS, [*base, *overrides_of(values, ts.CONFIGS), *overrides_of(run, ts.CONFIGS)])
+
+
+def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
+    """Work on the study until its budget is spent; write its results if nobody else still works on it.
+
+    ``arguments`` is the command line that made ``cfg``: what of it concerns training makes up the trials.
+    """
+    settings, folder, base = cfg.search, Path(cfg.paths.output_dir), training_overrides(arguments)
+    check(cfg)
+    check_search(plain(cfg))
+    space = read_space(plain(settings.space))
+    settings_of(base, first_values(space))  # unknown keys are found before anything is written
+    compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
+    judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc")}
+    begun = flat(fingerprint(compose(ts.CONFIGS, base)) | {"search": judged})
+    worker = Worker(folder / "workers")
+    try:
+        sampler = NumberedSampler(settings.sampler, settings.seed, settings.startup_trials, worker.name)
+        study = open_study(settings.storage, settings.name, settings.objectives, sampler, begun)
+        budget = {key: settings[key] for key in ("trials", "seconds", "max_failures")}
+
+        def objective(trial: optuna.Trial) -> list[float]:
+            return run_trial(cfg, base, space, study, trial)
+
+        work(study, worker, objective, **budget, failures=ts.USER_ERRORS, say=say)
+        others, lock = worker.running_elsewhere(study), try_lock(folder / "workers" / "results")
+        if others or lock is None:
+            logger.info("other processes still work on the study: the last one writes the results")
+        else:
+            with lock:
+                report(cfg, base, study, compare)
+    finally:
+        worker.close()
+    return folder
+
+
+def run_trial(
+    cfg: DictConfig, base: Sequence[str], space: Space, study: optuna.Study, trial: optuna.Trial
+) -> list[float]:
+    """Train with the proposed values; returns the objectives on validation data."""
+    values = suggest(trial, space)
+    trial.set_user_attr(VALUES, values)
+    folder = Path(cfg.paths.output_dir) / "trials" / f"{trial.number:04d}"
+    run = ts.prepare(settings_of(base, values, **{"paths.output_dir": str(folder)}))
+    try:
+        if not run.data.validation:
+            raise ValueError(f"dset={run.cfg.dset.name} has no validation data to judge a trial on")
+        run.log.close()
+        run.log = WatchedLogger(folder, watcher(study, trial, cfg.search.prune.factor, cfg.search.prune.min_trials))
+        OmegaConf.save(run.cfg, folder / "config.yaml", resolve=True)
+        ts.train(run)
+        if run.cfg.eval.keep == "best" and run.best:
+            with torch.no_grad():
+                for name, parameter in ts.trainable(run.model):
+                    parameter.copy_(run.best["parameters"][name])
+        ts.fit(run)
+        mode = run.method.modes(cfg.search.n_mc)[0]
+        metrics = evaluate_predictions(*ts.logits_of(run, run.data.validation, mode, "search"))
+    finally:
+        run.log.close()
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a trial is not resumed
+        del run
+        gc.collect()
+        torch.cuda.empty_cache()
+    found = [metrics[name] for name in cfg.search.objectives]
+    if not all(map(math.isfinite, found)):
+        raise FloatingPointError(f"objectives {found} are not finite")
+    trial.set_user_attr(METRICS, metrics)
+    return found
+
+
+def say(trial: FrozenTrial, reason: str) -> None:
+    """One line per finished trial."""
+    metrics = trial.user_attrs.get(METRICS, {})
+    shown = " | ".join(f"{name.upper()}={metrics[name]:.4f}" for name in ("nll", "acc", "ece", "brier") if metrics)
+    values = " ".join(f"{key}={value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
+    logger.info("[TRIAL %d] %s: %s (%s)", trial.number, trial.state.name.lower(), shown or reason, values)
+
+
+def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: optuna.Study | None) -> None:
+    """Front, selected configurations and figures; with ``search.final_seeds`` also their test values."""
+    settings, folder, points = cfg.search, Path(cfg.paths.output_dir), points_of(study)
+    if not points:
+        raise ValueError(f"study {study.study_name} has no complete trial to select from: raise search.trials")
+    front = pareto_front(points, settings.objectives)
+    selected = select(front, settings.select.rules, settings.objectives, settings.select.acc_within)
+    for rule, point in selected.items():
+        told = ", ".join(f"{name} {point.metrics[name]:.4f}" for name in ("nll", "acc", "ece", "brier"))
+        comment = f"Trial {point.number} of the search {settings.name}, chosen by {rule}; validation: {told}."
+        overrides = [*base, *overrides_of(point.values, ts.CONFIGS)]
+        write_experiment(folder / "selected" / f"{rule}.yaml", ts.CONFIGS, overrides, comment)
+    again = front if settings.final_points == "front" else {p.number: p for p in selected.values()}.values()
+    tests = {p.number: finals(cfg, base, p) for p in again} if settings.final_seeds else {}
+    write_front(folder, front, selected, tests)
+    studies = {study.study_name: study}
+    if compare:
+        studies[compare.study_name + " (compared)" * (compare.study_name in studies)] = compare
+    volumes = hypervolume_curves(studies, settings.objectives, settings.reference)
+    shares = importances(study, settings.objectives)
+    plot_search(folder, points, front, selected, tests, volumes, shares, settings.objectives)
+    logger.info("search folder: %s (%d of %d trials on the front)", folder, len(front), len(points))
+
+
+def finals(cfg: DictConfig, base: Sequence[str], point: Point) -> list[dict[str, float]]:
+    """Train with each fresh seed and test; a run that has finished is read, not repeated."""
+    found = []
+    for seed in cfg.search.final_seeds:
+        folder = Path(cfg.paths.output_dir) / "final" / f"trial{point.number:04d}_seed{seed}"
+        if (tested := final_test(folder)) is None:
+            run = ts.prepare(settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)}))
+            ts.finish(run, ts.train(run))
+            tested = final_test(folder)
+        found += [tested] if tested else []
+    return found
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="search")
+def main(cfg: DictConfig) -> None:
+    """Entry point: one clear line and a non-zero exit code for anything a user can put right."""
+    GlobalHydra.instance().clear()  # trials compose configurations of their own
+    try:
+        search(cfg, HydraConfig.get().overrides.task)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished trials are kept; go on with the same command")
+    except (*ts.USER_ERRORS, optuna.exceptions.OptunaError) as error:
+        if ts.DEBUG:
+            raise
+        sys.exit(one_line(error, ts.CONFIGS))
+
+
+def launch() -> None:
+    """``main``, with mistakes on the command line reported in one line too."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+    try:
+        main()
+    except HydraException as error:
+        if ts.DEBUG:
+            raise
+        sys.exit(one_line(error, ts.CONFIGS))
+
+
+if __name__ == "__main__":
+    launch()

@@ -1,0 +1,133 @@
+"""Temperature scaling against scipy's minimiser, and what it leaves alone."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnn.methods.base import FitData, Schedule, trainable
+from bnn.methods.mle import MLE
+from bnn.methods.temperature import Temperature, fit_temperature
+from bnn.metrics import nll
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@dataclass
+class Rows:
+    input_ids: Tensor
+    answer: Tensor
+
+
+def score(model, batch):
+    return model(input_ids=batch.input_ids).logits[:, -1, :4]
+
+
+def predict(method, model, batches, n=None):
+    return method.predict(model, score, batches, n=n, generator=None, max_tokens_per_forward=100)
+
+
+def data_of(model) -> FitData:
+    """Validation batches of unequal sizes whose every fourth answer is not the model's; training data is a trap."""
+    ids = torch.randint(61, (40, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        answer = score(model, Rows(ids, ids[:, 0])).argmax(dim=1)
+    answer[::4] = (answer[::4] + 1) % 4
+    return FitData([None], [Rows(ids[:25], answer[:25]), Rows(ids[25:], answer[25:])], 40, 100)
+
+
+@pytest.fixture
+def model(make_llama):
+    torch.manual_seed(0)
+    return Temperature(100.0).adapt(make_llama(), LORA).eval()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
+def test_the_minimiser_agrees_with_scipy(scale):
+    noise = torch.Generator().manual_seed(0)
+    scores = scale * torch.randn(200, 5, generator=noise, dtype=torch.float64)
+    answer = torch.multinomial((scores / scale).softmax(dim=1), 1, generator=noise)[:, 0]
+    scores[:100, 4] = torch.where(answer[:100] == 4, scores[:100, 4], -torch.inf)  # absent choices
+    oracle = minimize_scalar(
+        lambda log_T: F.cross_entropy(scores / math.exp(log_T), answer).item(),
+        bounds=(math.log(0.01), math.log(100)),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    # a minimum found by its value is known to sqrt(eps) only
+    assert math.log(fit_temperature(scores, answer, 100.0)) == pytest.approx(oracle.x, abs=1e-6)
+
+
+@pytest.mark.parametrize(("answer", "bound"), [([0, 1], 1 / 7), ([1, 0], 7.0)])
+def test_separable_data_end_at_a_bound(answer, bound):
+    assert fit_temperature(torch.eye(2), torch.tensor(answer), 7.0) == pytest.approx(bound)
+
+
+def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
+    method, data = Temperature(100.0), data_of(model)
+    answer = torch.cat([batch.answer for batch in data.validation])
+    before = predict(method, model, data.validation)
+    assert torch.equal(before, predict(MLE(), model, data.validation))  # T = 1
+    found = method.fit(model, score, data, torch.Generator())
+    assert method.fits
+    assert found == {"temperature": method.T}
+    assert abs(math.log(method.T)) > 0.1
+    after = predict(method, model, data.validation, n=6)
+    assert after.shape == (1, 40, 4)
+    torch.testing.assert_close(after, before / method.T)
+    best = nll(after, answer)
+    assert best < nll(before, answer)
+    for factor in (0.99, 1.01):
+        assert nll(before / (method.T * factor), answer) > best
+    assert method.fit(model, score, data, torch.Generator()) == found  # not the temperature of scaled scores
+    assert method.modes(6) == ["mean"]
+
+
+def test_save_then_load_gives_the_same_predictions_also_from_a_plain_adapter(model, make_llama, tmp_path):
+    method, data = Temperature(100.0), data_of(model)
+    method.fit(model, score, data, torch.Generator())
+    method.save(model, tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "temperature.json").read_text()) == {"temperature": method.T}
+    other = Temperature(100.0)
+    loaded = other.load(make_llama(), tmp_path / "own").eval()
+    assert torch.equal(predict(other, loaded, data.validation), predict(method, model, data.validation))
+    MLE().save(model, tmp_path / "plain")
+    loaded = other.load(make_llama(), tmp_path / "plain").eval()
+    assert other.T == 1.0
+    assert torch.equal(predict(other, loaded, data.validation), predict(MLE(), model, data.validation))
+
+
+def test_training_on_forgets_a_loaded_temperature():
+    method = Temperature(100.0)
+    method.T = 2.0
+    method.start(torch.nn.Identity(), Schedule(0, 1, 1))
+    assert method.T == 2.0
+    method.start(torch.nn.Identity(), Schedule(1, 1, 1))
+    assert method.T == 1.0
+
+
+def test_it_trains_as_maximum_likelihood(model, ids):
+    method = Temperature(100.0)
+    optimizer = torch.optim.AdamW(method.parameter_groups(model, lr=0.02, weight_decay=0.0))
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        with method.sample(model, 1, None) as live:
+            loss = model(input_ids=ids, labels=ids).loss + live.kl()
+            loss.backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, _ in trainable(model)}
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="maximum > 1, got 1"):
+        Temperature(1.0)
+    with pytest.raises(ValueError, match="validation split is empty"):
+        Temperature(2.0).fit(model, score, FitData([], [], 0, 1), torch.Generator())

@@ -1,0 +1,200 @@
+"""The search from end to end, on a random two-layer model and the quiz."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+import search_script as ss
+import train_script as ts
+from utils.search import pruning
+from utils.search.experiment import compose
+from utils.search.study import load_compared, points_of
+from utils.settings import fingerprint
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = [
+    *("llm=tiny", "dset=quiz", "device=cpu", "llm.architecture.vocab_size=300", "llm.architecture.hidden_size=32"),
+    *("dset.train_subset=8", "dset.validation_subset=6", "dset.test_subset=6", "peft.target_modules=[q_proj]"),
+    *("train.batch_size=4", "train.epochs=1", "eval.n_mc=2", "eval.every=1", "search_space=sst2"),
+    *("search.sampler=random", "search.trials=2", "search.name=s"),
+]
+OBJECTIVES = ["acc", "ece", "nll"]
+
+
+@pytest.fixture(autouse=True)
+def _no_hydra_left():
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()
+
+
+def configure(arguments: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return hydra.compose("search", arguments)
+
+
+def run(folder: Path, *extra: str) -> Path:
+    arguments = [*FAST, *extra, f"paths.output_dir={folder}"]
+    return ss.search(configure(arguments), arguments)
+
+
+def trials(folder: Path):
+    return load_compared(str(folder / "journal.log"), OBJECTIVES).trials
+
+
+def failure(arguments: list[str]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["search_script.py", *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setenv("HYDRA_MAIN_MODULE", "__main__")
+        patch.setattr(ts, "DEBUG", False)
+        with pytest.raises(SystemExit) as stop:
+            ss.launch()
+    assert re.fullmatch("error: .*", stop.value.code), "one line"
+    return stop.value.code
+
+
+def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
+    run(tmp_path / "random")
+    folder = run(tmp_path / "a", f"search.compare={tmp_path}/random/journal.log", "search.final_seeds=[5]")
+    files = {path.name for path in folder.iterdir()}
+    assert {"front.csv", "front.md", "acc_ece.png", "ece_nll.png", "hypervolume.png", "journal.log"} <= files
+    done = trials(folder)
+    assert [t.params for t in done] == [t.params for t in trials(tmp_path / "random")], "the same seed proposes alike"
+    assert [t.values for t in done] == [t.values for t in trials(tmp_path / "random")]
+    assert [len(t.user_attrs["validation_nll"]) for t in done] == [2, 2]
+    assert not list(folder.glob("trials/*/checkpoint"))
+
+    with monkeypatch.context() as patch:  # the same command again only writes the results anew
+        patch.setattr(ts, "prepare", None)
+        run(tmp_path / "a", "search.final_seeds=[5]")
+    rows = list(csv.DictReader((folder / "front.csv").open()))
+    chosen = {rule: row for row in rows for rule in row["selected"].split("; ") if rule}
+    assert set(chosen) == {"lowest_nll", "knee"}
+    for rule, row in chosen.items():
+        number = int(row["trial"])
+        written = OmegaConf.load(folder / "selected" / f"{rule}.yaml")
+        assert written.opt.lr == done[number].params["opt.lr"]
+        text = (folder / "final" / f"trial{number:04d}_seed5" / "metrics.jsonl").read_text()
+        assert '"split": "test"' in text
+        assert float(row["test_nll"]) > 0
+        trial_cfg = OmegaConf.load(folder / "trials" / f"{number:04d}" / "config.yaml")
+        values = [f"{key}={value}" for key, value in done[number].params.items()]
+        same = fingerprint(compose(ROOT / "configs", [*ss.training_overrides(FAST), *values]))
+        assert fingerprint(trial_cfg) == OmegaConf.to_container(OmegaConf.create(same), resolve=True)
+
+
+def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):
+    folder = run(tmp_path / "a", "search.trials=1")
+    cfg = OmegaConf.load(folder / "trials" / "0000" / "config.yaml")
+    cfg.paths.output_dir = str(tmp_path / "again")
+    again = ts.prepare(cfg)
+    ts.train(again)
+    logits, answer = ts.logits_of(again, again.data.validation, 2, "search")
+    assert (
+        ts.evaluate_predictions(logits, answer)
+        == points_of(load_compared(f"{folder}/journal.log", OBJECTIVES))[0].metrics
+    )
+
+
+def test_test_data_are_never_looked_at(tmp_path, monkeypatch):
+    seen, logits_of = [], ts.logits_of
+
+    def watched(run_: ts.Run, examples, *rest):
+        seen.append(examples is run_.data.validation)
+        return logits_of(run_, examples, *rest)
+
+    monkeypatch.setattr(ts, "logits_of", watched)
+    run(tmp_path / "a")
+    assert len(seen) == 2 * 4  # before training, two steps, the judgement
+    assert all(seen)
+
+
+def test_bad_trials_are_recorded_and_the_study_goes_on(tmp_path, monkeypatch):
+    accumulate = ts.accumulate
+
+    def troubled(run_: ts.Run, *rest):
+        loss = accumulate(run_, *rest)
+        return loss._replace(loss=torch.tensor(float("nan"))) if run_.folder.name == "0000" else loss
+
+    monkeypatch.setattr(ts, "accumulate", troubled)
+    evaluate, judged = ss.evaluate_predictions, []
+
+    def sometimes_nan(*rest):
+        judged.append(1)
+        return evaluate(*rest) | ({"ece": float("nan")} if len(judged) == 1 else {})
+
+    monkeypatch.setattr(ss, "evaluate_predictions", sometimes_nan)
+    monkeypatch.setattr(pruning, "too_high", lambda nll, finished, *rest: len(finished) == 1)
+    folder = run(tmp_path / "a", "search.trials=4")
+    states = [(t.state.name, t.user_attrs.get("reason", "")[:9]) for t in trials(folder)]
+    assert states == [
+        ("FAIL", "loss nan,"),
+        ("FAIL", "objective"),
+        ("COMPLETE", ""),
+        ("PRUNED", "NLL " + states[3][1][4:]),
+    ]
+    assert (folder / "front.csv").is_file()
+
+
+def test_of_several_processes_one_is_killed_and_nothing_is_lost(tmp_path):
+    arguments = [*FAST, "search.trials=4", f"paths.output_dir={tmp_path}/a"]
+    log, running = tmp_path / "log", []
+    for _ in range(2):
+        with log.open("ab") as file:
+            command = [sys.executable, "search_script.py", *arguments]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            running.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "a" / "trials" / "0002" / "config.yaml").exists():  # so one has ended
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+    running[0].send_signal(signal.SIGKILL)
+    running[0].wait()
+    before = [(t.number, t.values) for t in trials(tmp_path / "a") if t.state.is_finished()]
+    assert running[1].wait(120) == 0, log.read_text()
+    after = trials(tmp_path / "a")
+    states = [t.state.name for t in after]
+    assert [(t.number, t.values) for t in after if (t.number, t.values) in before] == before
+    assert states.count("COMPLETE") == 4
+    assert states.count("FAIL") <= 1, "the trial that was killed, if it was within one"
+    assert len({t.params["opt.lr"] for t in after if t.params}) == sum(bool(t.params) for t in after)
+    assert (tmp_path / "a" / "front.csv").is_file()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("search.sampler=gpp", "unknown search.sampler=gpp; did you mean gp"),
+        ("search.objectives=[acc,eec]", "unknown search.objectives=eec; did you mean ece"),
+        ("search.objectives=[]", "search.objectives="),
+        ("search.trials=0", "search.trials=0: expected a whole number, at least 1"),
+        ("search.trials=null", "would never end"),
+        ("search.prune.factor=0.5", "search.prune.factor=0.5: expected"),
+        ("search.final_seeds=[0]", "take fresh ones"),
+        ("search.compare=/no/such.log", "no such file"),
+        ("search.trails=3", "unknown key search.trails"),
+        ("search_space=sst3", "did you mean sst2"),
+        ("+search.space.opt.lrr={type: float, low: 0.1, high: 0.2}", "opt.lrr"),
+        ("search.space.opt.lr.low=1", "search.space.opt.lr: low=1, high=0.01"),
+        ("eval.split=test", "validation data only"),
+        ("overwrite=true", "leave out resume and overwrite"),
+        ("train.epochs=-1", "train.epochs=-1: expected"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_trial(tmp_path, change, expected):
+    message = failure([*FAST, change, f"paths.output_dir={tmp_path}/a"])
+    assert expected in message
+    assert not (tmp_path / "a" / "journal.log").exists()

@@ -1,0 +1,156 @@
+"""The study: seeds by number, resumption, dead processes, budget, failures."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from utils.search.sampler import SAMPLERS, NumberedSampler
+from utils.search.study import METRICS, VALUES, Worker, is_lost, load_compared, open_study, points_of, work
+
+OBJECTIVES = ["acc", "ece"]
+
+
+def objective(trial: optuna.Trial) -> list[float]:
+    x, y = trial.suggest_float("x", 0, 1), trial.suggest_int("y", 1, 9)
+    trial.set_user_attr(VALUES, {"x": x, "y": y})
+    trial.set_user_attr(METRICS, {"acc": x, "ece": x * y, "nll": y, "brier": x})
+    return [x, x * y]
+
+
+def open_at(folder: Path, worker: Worker, kind: str = "random", seed: int = 0, **begun: int) -> optuna.Study:
+    sampler = NumberedSampler(kind, seed, 3, worker.name)
+    return open_study(str(folder / "journal.log"), "s", OBJECTIVES, sampler, {"search.objectives": OBJECTIVES} | begun)
+
+
+def run(study, worker, trials, function=objective, seconds=None, max_failures=None, said=None):
+    def say(trial, reason):
+        if said is not None:
+            said.append((trial.state.name, reason))
+
+    budget = {"trials": trials, "seconds": seconds, "max_failures": max_failures}
+    work(study, worker, function, **budget, failures=(ValueError,), say=say)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_study_stopped_between_trials_goes_on_as_if_it_had_not_been(tmp_path, kind):
+    params = {}
+    for name, parts in (("whole", (6,)), ("parts", (2, 6))):
+        for until in parts:
+            worker = Worker(tmp_path / name)
+            run(study := open_at(tmp_path / name, worker, kind), worker, until)
+            worker.close()
+        params[name] = [trial.params for trial in study.trials]
+    assert params["whole"] == params["parts"]
+    assert len({p["x"] for p in params["whole"]}) > 3
+    worker = Worker(tmp_path / "other")
+    run(other := open_at(tmp_path / "other", worker, kind, seed=1), worker, 2)
+    assert [t.params for t in other.trials] != params["whole"][:2]
+
+
+def test_directions_and_points(tmp_path):
+    worker = Worker(tmp_path)
+    study = open_at(tmp_path, worker)
+    run(study, worker, 3)
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert [(p.number, p.values["x"], p.metrics["acc"]) for p in points_of(study)] == [
+        (t.number, t.params["x"], t.values[0]) for t in study.trials
+    ]
+
+
+def test_failures_and_pruned_trials_are_recorded_and_the_study_goes_on(tmp_path):
+    worker, said = Worker(tmp_path), []
+    study = open_at(tmp_path, worker)
+
+    def troubled(trial: optuna.Trial) -> list[float]:
+        if trial.number == 1:
+            raise ValueError("one\nline")
+        if trial.number == 2:
+            raise optuna.TrialPruned("hopeless")
+        return objective(trial)
+
+    run(study, worker, 4, troubled, max_failures=2, said=said)
+    assert said == [("COMPLETE", ""), ("FAIL", "one line"), ("PRUNED", "hopeless"), ("COMPLETE", "")]
+    assert [p.number for p in points_of(study)] == [0, 3]
+    assert not any(is_lost(trial) for trial in study.trials)
+
+
+def test_failures_in_a_row_end_the_study(tmp_path):
+    def broken(trial: optuna.Trial) -> list[float]:
+        raise ValueError("no such file")
+
+    worker = Worker(tmp_path)
+    study = open_at(tmp_path, worker)
+    with pytest.raises(RuntimeError, match="2 trials in a row failed, the last with: no such file"):
+        run(study, worker, 9, broken, max_failures=2)
+    assert len(study.trials) == 2
+
+
+def test_an_interrupted_trial_is_lost_and_made_up_for(tmp_path):
+    def interrupted(trial: optuna.Trial) -> list[float]:
+        raise KeyboardInterrupt
+
+    worker = Worker(tmp_path)
+    study = open_at(tmp_path, worker)
+    run(study, worker, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, worker, 3, interrupted)
+    run(study, worker, 3)
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert is_lost(study.trials[1])
+
+
+def test_trials_of_dead_processes_are_made_up_for_and_those_of_living_ones_count(tmp_path):
+    dead, alive = Worker(tmp_path), Worker(tmp_path)
+    open_at(tmp_path, dead).ask()
+    held = open_at(tmp_path, alive)
+    running = held.ask()
+    dead.close()
+    me = Worker(tmp_path)
+    study = open_at(tmp_path, me)
+    run(study, me, 3)
+    assert [t.state.name for t in study.trials] == ["FAIL", "RUNNING", "COMPLETE", "COMPLETE"]
+    assert is_lost(study.trials[0])
+    assert me.running_elsewhere(study) == 1
+    held.tell(running, objective(running))
+    assert me.running_elsewhere(study) == 0
+
+
+def test_the_wall_clock_ends_it(tmp_path):
+    worker = Worker(tmp_path)
+    study = open_at(tmp_path, worker)
+    run(study, worker, None, seconds=0)
+    assert study.trials == []
+    run(study, worker, None, seconds=0.3)
+    assert 1 <= len(study.trials) < 10_000
+
+
+def test_another_setting_is_named(tmp_path):
+    worker = Worker(tmp_path)
+    open_at(tmp_path, worker, n_mc=4)
+    open_at(tmp_path, worker, n_mc=4)
+    with pytest.raises(ValueError, match="n_mc is 4 there and 5 now"):
+        open_at(tmp_path, worker, n_mc=5)
+
+
+def test_a_compared_study_must_exist_and_have_the_same_objectives(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_compared(str(tmp_path / "journal.log"), OBJECTIVES)
+    worker = Worker(tmp_path)
+    study = open_at(tmp_path, worker)
+    with pytest.raises(ValueError, match="no complete trial"):
+        load_compared(str(tmp_path / "journal.log"), OBJECTIVES)
+    run(study, worker, 1)
+    with pytest.raises(ValueError, match=r"has the objectives \['acc', 'ece'\], this search \['nll'\]"):
+        load_compared(str(tmp_path / "journal.log"), ["nll"])
+    assert load_compared(str(tmp_path / "journal.log"), OBJECTIVES).study_name == "s"
+
+
+def test_an_optuna_url_is_a_storage_too(tmp_path):
+    worker = Worker(tmp_path)
+    sampler = NumberedSampler("random", 0, 3, worker.name)
+    study = open_study(f"sqlite:///{tmp_path}/study.db", "s", OBJECTIVES, sampler, {"search.objectives": OBJECTIVES})
+    run(study, worker, 2)
+    assert len(load_compared(f"sqlite:///{tmp_path}/study.db", OBJECTIVES).trials) == 2

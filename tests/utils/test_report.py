@@ -1,0 +1,165 @@
+"""Reports over synthetic run folders, made with the writers that runs use."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from bnn.metrics import evaluate_predictions
+from utils import report
+from utils.report_rows import own_predictions, read_csv
+from utils.report_runs import collect
+from utils.run import RunLogger, save_predictions, write_json_atomic
+
+N, C = 300, 3
+
+
+def scores(method: str, seed: int, task: str, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(samples, N, C) and the answers of a task; sgp is right more often than mle, and less sure."""
+    data = torch.Generator().manual_seed(len(task))
+    answer = torch.randint(C, (N,), generator=data)
+    shared = torch.randn(N, C, generator=data)
+    noise = torch.Generator().manual_seed(seed + 100 * len(method))
+    signal, sharpness = {"mle": (1.0, 4.0), "sgp": (2.2, 1.2), "zero_shot": (0.2, 1.0)}[method]
+    mean = signal * torch.nn.functional.one_hot(answer, C) + shared + 0.1 * torch.randn(N, C, generator=noise)
+    return sharpness * (mean + 0.8 * torch.randn(samples, N, C, generator=noise)), answer
+
+
+def write_run(
+    folder: Path, method: str = "mle", seed: int = 0, task: str = "arc", *, ood: bool = False, epochs: int = 2
+) -> Path:
+    log = RunLogger(folder, io.StringIO())
+    config = {
+        "seed": seed,
+        "llm": {"name_or_path": "org/tiny"},
+        "dset": {"name": task, "train_subset": 64},
+        "method": {"name": method, "factory": {"_target_": "x"}},
+        "train": {"epochs": epochs, "init_adapter": None},
+    }
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    write_json_atomic(folder / "environment.json", {"git_commit": "abc"})
+    modes = [("zero_shot", 1), *([(8, 8)] if method == "sgp" else []), ("mean", 1)]
+    for split in ["test", *(["ood:far"] if ood else [])]:
+        for mc, samples in modes:
+            logits, answer = scores("zero_shot" if mc == "zero_shot" else method, seed, task, samples)
+            metrics = evaluate_predictions(logits, answer)
+            if ood and split != "test":
+                metrics |= {"auroc_entropy": 0.75, "auroc_mutual_information": 0.625}
+            log.final(epoch=1, step=7, split=split, mc=mc, metrics=metrics)
+            ids = [f"q{i}" for i in range(N)]
+            save_predictions(folder / f"predictions_{split.replace(':', '_')}_mc{mc}.npz", logits, answer, ids)
+    log.reliability({})
+    log.close()
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    root = tmp_path / "runs"
+    for seed in range(2):
+        for method in ("mle", "sgp"):
+            write_run(root / f"{method}{seed}", method, seed, ood=True)
+    write_run(root / "boolq", "mle", 0, "boolq")
+    return root
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in ("report.md", "report.tex", "report.csv")}
+
+
+def test_report_of_runs_and_round_trip_through_csv(runs, tmp_path, capsys):
+    report.main([str(runs), "--out", str(tmp_path / "a")])
+    first = texts(tmp_path / "a")
+    for name in ("reliability_arc-64", "samples_arc-64", "accuracy_calibration", "reliability_boolq-64"):
+        assert (tmp_path / "a" / f"{name}.png").stat().st_size > 5000
+    assert not (tmp_path / "a" / "samples_boolq-64.png").exists()  # nothing samples there
+    report.main(["--from-csv", str(tmp_path / "a" / "results.csv"), "--out", str(tmp_path / "b")])
+    assert texts(tmp_path / "b") == first
+    assert (tmp_path / "b" / "accuracy_calibration.png").exists()
+    assert "**" in first["report.md"]  # sgp is better by far, with paired predictions
+    assert "Not run: sgp on boolq (64)." in first["report.md"]
+    assert "sgp (mean)" in first["report.md"]
+    assert r"\textbf{" in first["report.tex"]
+    assert "zero\\_shot" in first["report.tex"]
+    far = first["report.md"].split("out of distribution")[1]
+    assert "| arc (64) | far | sgp |" in far
+    assert "0.7500 ± 0.0000 | 0.6250 ± 0.0000" in far
+
+
+def test_rows_hold_what_was_recorded(runs):
+    rows, files, notes = collect([runs])
+    assert notes == []
+    assert len({(*row.run, row.split, row.mc) for row in rows}) == len(rows)
+    row = next(r for r in rows if r.method == "sgp" and r.seed == 1 and r.split == "test" and r.mc == "8")
+    assert row.run == ("tiny", "arc", "64", "sgp", "", 1)
+    assert (row.steps, row.commit) == (7, "abc")
+    assert row.nll == pytest.approx(evaluate_predictions(*scores("sgp", 1, "arc", 8))["nll"])
+    assert files[(*row.run, "test", "8")].is_file()
+    zero = [r for r in rows if r.method == "zero_shot" and r.task == "arc" and r.split == "test"]
+    assert [r.seed for r in zero] == [0, 1]  # once per seed, though two methods wrote it
+    assert {(r.method, r.mc) for r in own_predictions(rows)} == {
+        ("zero_shot", "zero_shot"),
+        ("mle", "mean"),
+        ("sgp", "8"),
+    }
+
+
+def test_unfinished_and_damaged_runs_are_named_and_left_out(runs, capsys, tmp_path):
+    (runs / "mle0" / "reliability.json").unlink()
+    (runs / "sgp0" / "config.yaml").write_text("a: [")
+    (runs / "mle1" / "metrics.jsonl").write_text("broken\n")
+    report.main([str(runs), "--out", str(tmp_path / "out")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert [Path(line.split(":")[0].removeprefix("left out ")).name for line in lines] == ["mle0", "mle1", "sgp0"]
+    assert "the run has not finished" in lines[0]
+
+
+def test_variants_are_named_by_what_differs(tmp_path):
+    for epochs in (2, 3):
+        write_run(tmp_path / f"e{epochs}", epochs=epochs)
+    write_run(tmp_path / "repeated", epochs=3)
+    rows, _, notes = collect([tmp_path])
+    assert {row.label for row in rows} == {"zero_shot", "mle [epochs=2]", "mle [epochs=3]"}
+    assert len(notes) == 1
+    assert "repeats" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["empty"], "no runs found below empty"),
+        (["--from-csv", "bad.csv"], "bad.csv lacks the columns task"),
+        (["--from-csv", "none.csv"], "none.csv"),
+        ([], "one of the two"),
+        (["run", "--split", "tset"], "choose --split from test"),
+    ],
+)
+def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.csv").write_text("model,acc\nx,1\n")
+    write_run(Path("run"))
+    with pytest.raises(SystemExit):
+        report.main(arguments)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
+
+
+def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
+    report.main([str(runs), "--out", str(tmp_path / "a")])
+    path = tmp_path / "a" / "results.csv"
+    assert read_csv(path) == read_csv(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1].replace("abc", "abc,x", 1)]))
+    with pytest.raises(ValueError, match="line 2"):
+        read_csv(path)
+
+
+def test_missing_prediction_files_leave_welch(runs, tmp_path):
+    for path in runs.rglob("*.npz"):
+        path.unlink()
+    report.main([str(runs), "--out", str(tmp_path / "a")])
+    tests = {row.test_nll for row in read_csv(tmp_path / "a" / "results.csv")}
+    assert tests == {"", "welch"}
+    assert not list((tmp_path / "a").glob("reliability_*"))

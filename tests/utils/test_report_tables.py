@@ -1,0 +1,146 @@
+"""Tests of significance and tables where the answer is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_rel
+
+from bnn import metrics
+from utils.report_figures import sample_curve
+from utils.report_rows import Row, own_predictions
+from utils.report_scores import Prediction, ece, example_losses, pairable, paired_p, reliability, running_log_probs
+from utils.report_scores import welch_p as welch
+from utils.report_tables import best, columns, mark_significant, markdown, significant, tables
+
+IDS = np.array([f"q{i}" for i in range(400)])
+
+
+def make_logits(seed: int, samples: int = 1, n: int = 400) -> torch.Tensor:
+    logits = 2 * torch.randn(samples, n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits[:, ::3, 3] = -torch.inf
+    return logits
+
+
+def prediction(seed: int, signal: float = 0.0) -> Prediction:
+    answer = np.arange(400) % 3
+    logits = make_logits(seed).numpy()
+    logits[0, np.arange(400), answer] += signal
+    return Prediction(IDS, answer, running_log_probs(logits)[-1])
+
+
+def make_row(method: str, seed: int = 0, nll: float = 1.0, task: str = "arc", ece_: float = 0.1) -> Row:
+    where = {"model": "m", "task": task, "train_size": "all", "variant": "", "split": "test", "mc": "mean"}
+    measures = {"acc": 0.5, "nll": nll, "ece": ece_, "brier": 0.2, "auroc_entropy": None}
+    extra = {"steps": 1, "commit": "", "auroc_mutual_information": None}
+    return Row(method=method, seed=seed, **where, **measures, **extra)
+
+
+def test_metrics_agree_with_those_of_the_library():
+    logits, answer = make_logits(0, samples=8), torch.arange(400) % 3
+    curve = sample_curve(logits.numpy(), answer.numpy())
+    assert curve[0] == [1, 2, 4, 8]
+    for count, nll_, ece_ in zip(*curve, strict=True):
+        assert nll_ == pytest.approx(metrics.nll(logits[:count], answer), rel=1e-12)
+        assert ece_ == pytest.approx(metrics.ece(logits[:count], answer), rel=1e-12)
+    log_probs = running_log_probs(logits.numpy())[-1]
+    losses = example_losses(log_probs, answer.numpy())
+    assert losses["acc"].mean() == pytest.approx(metrics.accuracy(logits, answer))
+    assert losses["brier"].mean() == pytest.approx(metrics.brier(logits, answer))
+    ours, theirs = reliability([Prediction(IDS, answer.numpy(), log_probs)]), metrics.reliability_bins(logits, answer)
+    for key in ("edges", "confidence", "accuracy", "count"):
+        np.testing.assert_allclose(ours[key], getattr(theirs, key).numpy(), atol=1e-12)
+
+
+def test_bins_are_right_closed():
+    confidence = np.array([0.5, 0.75])  # the border of two bins, and above it
+    log_probs = np.log(np.stack([confidence, 1 - confidence], axis=1))
+    assert np.exp(log_probs[0, 0]) == 0.5  # exactly the border
+    answer = np.array([1, 0])
+    assert ece(log_probs, answer, n_bins=2) == pytest.approx((0.5 + 0.25) / 2)
+    assert reliability([Prediction(IDS[:2], answer, log_probs)], n_bins=2)["count"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("mcs", [("mean", "10", "2"), ("10", "2", "mean"), ("10", "mean", "2")])
+def test_the_own_prediction_is_the_first_with_samples(mcs):
+    assert [row.mc for row in own_predictions([replace(make_row("sgp"), mc=mc) for mc in mcs])] == ["10"]
+    assert [row.mc for row in own_predictions([make_row("mle")])] == ["mean"]
+
+
+def test_paired_test_with_one_seed_is_the_paired_t_test_over_examples():
+    first, second = prediction(1), prediction(2, 0.3)
+    ours = paired_p({0: first}, {0: second}, "nll")
+    losses = [example_losses(p.log_probs, p.answer)["nll"] for p in (first, second)]
+    assert ours == pytest.approx(ttest_rel(*losses).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["acc", "nll", "brier", "ece"])
+def test_paired_test_finds_a_large_difference_and_none_in_equals(metric):
+    base = {seed: prediction(seed) for seed in range(3)}
+    better = {seed: prediction(seed, 3.0) for seed in range(3)}
+    assert paired_p(base, better, metric) < 0.01
+    assert paired_p(base, base, metric) == 1.0
+
+
+@pytest.mark.parametrize("metric", ["nll", "ece"])
+def test_paired_test_keeps_its_level(metric):
+    """100 pairs of independent equal methods: at level 0.05 a valid test exceeds 12 rejections with p < 0.002."""
+    rejected = sum(paired_p({0: prediction(2 * i)}, {0: prediction(2 * i + 1)}, metric) < 0.05 for i in range(100))
+    assert rejected <= 12
+
+
+def test_disagreeing_seeds_are_not_significant_however_many_examples():
+    first = {0: prediction(0, 1.0), 1: prediction(1)}
+    second = {0: prediction(0), 1: prediction(1, 0.8)}
+    assert paired_p(first, second, "nll") > 0.5
+    assert paired_p({0: first[0]}, {0: second[0]}, "nll") < 1e-3
+
+
+def test_pairs_need_the_same_seeds_and_examples():
+    one = prediction(0)
+    other = Prediction(IDS[::-1], one.answer, one.log_probs)
+    assert pairable({0: one}, {0: one})
+    assert not pairable({0: one}, {1: one})
+    assert not pairable({0: one}, {0: other})
+    assert not pairable({}, {})
+
+
+def test_welch_never_calls_a_single_seed_significant():
+    assert welch([0.1], [0.9]) == welch([0.1, 0.11, 0.1], [0.9]) == 1.0
+    assert welch([0.5, 0.5], [0.6, 0.6]) == 1.0  # no spread to judge by
+    assert welch([0.10, 0.11, 0.12], [0.90, 0.91, 0.92]) < 1e-4
+    column = {"a": [make_row("a", nll=0.1)], "b": [make_row("b", nll=9.0)]}
+    mark_significant(column, {})
+    assert best(column, "nll") == "a"
+    assert not significant(column, "nll", "a")
+
+
+def test_the_best_is_bold_only_if_it_beats_every_other():
+    values = {"a": (0.10, 0.11, 0.12), "b": (0.90, 0.91, 0.92)}
+    rows = [make_row(m, s, nll) for m, seeds in values.items() for s, nll in enumerate(seeds)]
+    column = columns(rows, "m", "test")["arc"]
+    mark_significant(column, {})
+    assert significant(column, "nll", "a")
+    assert not significant(column, "nll", "b")
+    assert not significant(column, "acc", "a")  # equal
+    nll_table = next(table for table in tables(rows, "test") if "NLL" in table.title)
+    assert "**0.1100 ± 0.0100**" in markdown(nll_table)
+    rows += [make_row("c", s, nll) for s, nll in enumerate((0.09, 0.12, 0.125))]
+    column = columns(rows, "m", "test")["arc"]
+    mark_significant(column, {})
+    assert not any(significant(column, "nll", name) for name in column)
+
+
+def test_summary_counts_and_reductions():
+    rows = [make_row("mle", s, 1.0 + 0.1 * s, ece_=0.2) for s in range(2)]
+    rows += [make_row("sgp", s, 0.5, ece_=0.05) for s in range(2)]
+    rows += [make_row("mle", s, 1.0 + 0.1 * s, "rte", 0.1) for s in range(2)]
+    rows += [make_row("sgp", s, 1.09, "rte", 0.1) for s in range(2)]
+    cells = next(table for table in tables(rows, "test") if "summary" in table.title).cells
+    found = {row[0][0]: [text for text, _ in row[1:]] for row in cells}
+    # rte: mle 1.05, standard error 0.05; sgp 1.09 is within it
+    assert found["mle"] == ["2", "2 / 2", "1 / 1", "1 / 1", "", ""]
+    nll_cut, ece_cut = (1 - 0.5 / 1.05 + 1 - 1.09 / 1.05) / 2, 0.75 / 2
+    assert found["sgp"][2] == "1 / 2"
+    assert found["sgp"][4:] == [f"{100 * nll_cut:.1f} %", f"{100 * ece_cut:.1f} %"]

@@ -1,0 +1,132 @@
+"""Tables and figures over many runs, from what they have written.
+
+python -m utils.report RUNS... [--out DIR] [--split test]
+python -m utils.report --from-csv results.csv [--out DIR] [--split test]
+
+RUNS are run folders, or folders that hold some. Writes results.csv (a row per evaluation), report.md, report.tex,
+report.csv and figures to DIR. With --from-csv the tables, and the figure of accuracy against calibration, are made
+from the committed numbers alone.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.report_figures import (
+    draw_accuracy_calibration,
+    draw_reliability,
+    draw_samples,
+    file_name,
+    sample_curve,
+)
+from utils.report_rows import Row, read_csv, write_csv
+from utils.report_runs import collect, load_prediction, load_scores
+from utils.report_scores import Prediction
+from utils.report_tables import Column, aggregates_csv, columns, latex, mark_significant, markdown, tables
+from utils.run import open_atomic
+
+Files = Mapping[tuple[Any, ...], Path]
+
+
+def report_runs(roots: Sequence[Path], out: Path, split: str) -> tuple[list[Path], list[str]]:
+    """Collect runs, write results.csv, tables and figures; returns what was written and a line per left-out folder.
+
+    Raises:
+        FileNotFoundError: If no finished run is found.
+        ValueError: If none has a record of the split.
+    """
+    rows, files, notes = collect(roots)
+    _check_split(rows, split)
+    models = sorted({row.model for row in rows})
+    written = [out / "results.csv"]
+    for model in models:
+        for task, column in columns(rows, model, split).items():
+            predictions = _predictions(column, files)
+            mark_significant(column, predictions)
+            names = (model, task) if len(models) > 1 else (task,)
+            if found := {name: of_seeds for name, of_seeds in predictions.items() if of_seeds}:
+                written.append(draw_reliability(found, out / file_name("reliability", *names)))
+            if curves := _curves(column, files):
+                written.append(draw_samples(curves, out / file_name("samples", *names)))
+    write_csv(out / "results.csv", rows)
+    return written + report_rows(rows, out, split), notes
+
+
+def report_rows(rows: Sequence[Row], out: Path, split: str) -> list[Path]:
+    """Write what rows alone give: the tables, and the figure of accuracy against calibration.
+
+    Raises:
+        ValueError: If no row is of the split.
+    """
+    _check_split(rows, split)
+    found = tables(rows, split)
+    texts = {
+        "report.md": f"# Results on {split}\n\n" + "\n".join(map(markdown, found)),
+        "report.tex": "% needs the package booktabs\n" + "\n".join(map(latex, found)),
+        "report.csv": aggregates_csv(rows, split),
+    }
+    for name, text in texts.items():
+        with open_atomic(out / name) as file:
+            file.write(text.encode())
+    models = sorted({row.model for row in rows})
+    panels = {
+        f"{model}: {task}" if len(models) > 1 else task: column
+        for model in models
+        for task, column in columns(rows, model, split).items()
+    }
+    return [*(out / name for name in texts), draw_accuracy_calibration(panels, out / "accuracy_calibration.png")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the report that the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m utils.report", description="Tables and figures over many runs.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where to write (report)")
+    parser.add_argument("--split", default="test", help="split of the tables (test)")
+    parser.add_argument("--from-csv", type=Path, metavar="FILE", help="a results.csv to use in place of run folders")
+    options = parser.parse_args(arguments)
+    if bool(options.runs) == bool(options.from_csv):
+        parser.error("name run folders, or --from-csv and a results.csv: one of the two")
+    notes: list[str] = []
+    try:
+        if options.from_csv:
+            written = report_rows(read_csv(options.from_csv), options.out, options.split)
+        else:
+            written, notes = report_runs(options.runs, options.out, options.split)
+    except (OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(*notes, *written, sep="\n")
+
+
+def _check_split(rows: Sequence[Row], split: str) -> None:
+    known = sorted({row.split for row in rows})
+    if split not in known:
+        raise ValueError(f"no run has a final record of split {split!r}: choose --split from {', '.join(known)}")
+
+
+def _file(row: Row, files: Files) -> Path:
+    return files[(*row.run, row.split, row.mc)]
+
+
+def _predictions(column: Column, files: Files) -> dict[str, dict[int, Prediction]]:
+    """For each method and seed the prediction, where its file is there."""
+    return {
+        name: {row.seed: found for row in rows if (found := load_prediction(_file(row, files)))}
+        for name, rows in sorted(column.items())
+    }
+
+
+def _curves(column: Column, files: Files) -> dict[str, list[Any]]:
+    """For each method that samples its curves against the number of samples, one per seed."""
+    curves: dict[str, list[Any]] = {}
+    for name, rows in sorted(column.items()):
+        for row in rows:
+            found = load_scores(_file(row, files)) if row.mc.isdigit() else None
+            if found is not None and len(found[0]) > 1:
+                curves.setdefault(name, []).append(sample_curve(found[0], found[1]))
+    return curves
+
+
+if __name__ == "__main__":
+    main()

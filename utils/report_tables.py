@@ -1,0 +1,220 @@
+"""Tables of a report: aggregates over seeds, the best and whether it is significant, as Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from utils.report_rows import AUROCS, METRICS, Row, own_predictions
+from utils.report_scores import ALPHA, Prediction, pairable, paired_p, welch_p
+
+SHOWN_AS_MEAN = ("sgp",)
+"""Methods whose prediction with the posterior mean has a row of its own."""
+TITLES = {"acc": "ACC", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier", **{a: a[6:] + " AUROC" for a in AUROCS}}
+CAPTION = (
+    "Mean ± standard deviation over seeds (their number in brackets where it varies). Bold: the best mean, if it "
+    f"differs from every other method of the task at level {ALPHA} (two-sided). Two methods with predictions of the "
+    "same seeds and examples are compared by a t-test paired over both; its squared standard error adds that over "
+    "examples (bootstrapped for the ECE) and that over seeds, and with one seed it speaks of these adapters only. "
+    "Others by Welch's t-test over seeds, where a single seed is never significant. Rows marked (mean) are left out."
+)
+
+
+@dataclass
+class Table:
+    """A title, a caption, and cells as (text, bold), the first row being the head."""
+
+    title: str
+    caption: str
+    cells: list[list[tuple[str, bool]]]
+
+
+Column = dict[str, list[Row]]  # for each method of one task its rows, one per seed
+
+
+def columns(rows: Iterable[Row], model: str, split: str) -> dict[str, Column]:
+    """For each task of a model the own predictions of each method."""
+    found: dict[str, Column] = {}
+    for row in own_predictions([row for row in rows if row.model == model and row.split == split]):
+        found.setdefault(row.column, {}).setdefault(row.label, []).append(row)
+    return dict(sorted(found.items()))
+
+
+def values(rows: Iterable[Row], metric: str) -> list[float]:
+    """The values of a metric that are known."""
+    return [value for row in rows if (value := getattr(row, metric)) is not None]
+
+
+def best(column: Column, metric: str) -> str | None:
+    """The method with the best mean; the first of equal ones, None if nobody has a value."""
+    sign = -1.0 if metric == "acc" else 1.0
+    means = {name: sign * fmean(found) for name, rows in column.items() if (found := values(rows, metric))}
+    return min(means, key=lambda name: means[name]) if means else None
+
+
+def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Prediction]]) -> None:
+    """Write to the rows of the best method of a column its largest p value against the others, and the test's name.
+
+    Args:
+        column: All methods of one task.
+        predictions: For each method and seed the prediction, as far as there are files.
+    """
+    for rows in column.values():
+        for row in rows:
+            row.p_acc = row.p_nll = row.p_ece = row.p_brier = None
+            row.test_acc = row.test_nll = row.test_ece = row.test_brier = ""
+    for metric in METRICS:
+        winner = best(column, metric)
+        p_values = {}
+        for name, rows in column.items():
+            if winner is None or name == winner or not values(rows, metric):
+                continue
+            one, other = predictions.get(winner, {}), predictions.get(name, {})
+            if len(one) == len(column[winner]) and len(other) == len(rows) and pairable(one, other):
+                p_values[paired_p(one, other, metric)] = "paired"
+            else:
+                p_values[welch_p(values(column[winner], metric), values(rows, metric))] = "welch"
+        if winner is not None and p_values:
+            for row in column[winner]:
+                setattr(row, f"p_{metric}", max(p_values))
+                setattr(row, f"test_{metric}", p_values[max(p_values)])
+
+
+def significant(column: Column, metric: str, name: str) -> bool:
+    """Whether a method is the best of a column and its difference from every other is significant."""
+    p = getattr(column[name][0], f"p_{metric}")
+    return name == best(column, metric) and p is not None and p < ALPHA
+
+
+def tables(rows: Sequence[Row], split: str) -> list[Table]:
+    """All tables: per model one for each metric, what was not run, a summary, and one out of distribution."""
+    found = []
+    for model in sorted({row.model for row in rows}):
+        of_model = columns(rows, model, split)
+        means = columns([r for r in rows if r.method in SHOWN_AS_MEAN and r.mc == "mean"], model, split)
+        names = sorted({name for column in of_model.values() for name in column})
+        sizes = {len(found) for column in of_model.values() for found in column.values()}
+        for metric in METRICS if of_model else ():
+            cells = [[("method", False), *((task, False) for task in of_model)]]
+            for name in names:
+                cells.append([(name, False), *(_cell(c, name, metric, len(sizes) > 1) for c in of_model.values())])
+                alone = {t: _mean_only(of_model[t], column, name) for t, column in means.items()}
+                if any(alone.values()):
+                    texts = [(spread(values(alone.get(task, []), metric), len(sizes) > 1), False) for task in of_model]
+                    cells.append([(f"{name} (mean)", False), *texts])
+            found.append(Table(f"{model}: {TITLES[metric]} on {split}", CAPTION, cells))
+        missing = [f"{name} on {task}" for name in names for task, c in of_model.items() if name not in c]
+        if missing:
+            found[-1].caption += f" Not run: {'; '.join(missing)}."
+        if of_model:
+            found.append(_summary(model, of_model, names, split))
+        if any(row.model == model and row.split.startswith("ood:") for row in rows):
+            found.append(_shifted(rows, model))
+    return found
+
+
+def spread(found: Sequence[float], count: bool = False) -> str:
+    """Mean ± sd with four decimals; empty without values, no sd for one."""
+    if not found:
+        return ""
+    text = f"{fmean(found):.4f}" + (f" ± {stdev(found):.4f}" if len(found) > 1 else "")
+    return f"{text} ({len(found)})" if count else text
+
+
+def markdown(table: Table) -> str:
+    """A heading, the table and its caption."""
+    lines = [
+        [f"**{text}**" if bold and text else text.replace("|", "\\|") for text, bold in row] for row in table.cells
+    ]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    return f"## {table.title}\n\n{body}\n\n{table.caption}\n"
+
+
+def latex(table: Table) -> str:
+    """A booktabs table."""
+    lines = [
+        " & ".join(f"\\textbf{{{_tex(t)}}}" if b and t else _tex(t) for t, b in row) + r" \\" for row in table.cells
+    ]
+    body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
+    columns_ = "l" + "c" * (len(table.cells[0]) - 1)
+    caption = f"\\caption{{{_tex(table.title)}. {_tex(table.caption)}}}"
+    tabular = f"\\begin{{tabular}}{{{columns_}}}\n{body}\n\\end{{tabular}}"
+    return f"\\begin{{table}}\n\\centering\n{caption}\n{tabular}\n\\end{{table}}\n"
+
+
+def aggregates_csv(rows: Sequence[Row], split: str) -> str:
+    """Every cell of the metric tables as a line: mean, sd, number of seeds, p value and test of the best."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "task", "method", "metric", "mean", "sd", "seeds", "p", "test", "bold"])
+    for model in sorted({row.model for row in rows}):
+        for task, column in columns(rows, model, split).items():
+            for name, of_seeds in sorted(column.items()):
+                for metric in METRICS:
+                    if found := values(of_seeds, metric):
+                        p, sd = getattr(of_seeds[0], f"p_{metric}"), stdev(found) if len(found) > 1 else ""
+                        test, bold = getattr(of_seeds[0], f"test_{metric}"), significant(column, metric, name)
+                        head = [model, task, name, metric, fmean(found), sd, len(found)]
+                        writer.writerow([*head, "" if p is None else p, test, int(bold)])
+    return text.getvalue()
+
+
+def _cell(column: Column, name: str, metric: str, count: bool) -> tuple[str, bool]:
+    if name not in column:
+        return "", False
+    return spread(values(column[name], metric), count), significant(column, metric, name)
+
+
+def _mean_only(own: Column, means: Column, name: str) -> list[Row]:
+    """Rows of the posterior mean of a method whose own prediction is another."""
+    return [row for row in means.get(name, []) if all(row is not other for other in own.get(name, []))]
+
+
+def _summary(model: str, of_model: Mapping[str, Column], names: Sequence[str], split: str) -> Table:
+    head = ["method", "tasks", *(f"{m.upper()} best / within 1 se" for m in METRICS[:3])]
+    head += ["NLL reduction against mle", "ECE reduction against mle"]
+    cells = [[(text, False) for text in head]]
+    for name in names:
+        ran = [column for column in of_model.values() if name in column]
+        line = [name, str(len(ran))]
+        for metric in METRICS[:3]:
+            near = sum(_within(column, metric, name) for column in ran)
+            line.append(f"{sum(best(column, metric) == name for column in ran)} / {near}")
+        for metric in ("nll", "ece"):
+            pairs = [(values(c["mle"], metric), values(c[name], metric)) for c in ran if "mle" in c and name != "mle"]
+            cuts = [1 - fmean(b) / fmean(a) for a, b in pairs if a and b and fmean(a) > 0]
+            line.append(f"{100 * fmean(cuts):.1f} %" if cuts else "")
+        cells.append([(text, False) for text in line])
+    caption = (
+        "Number of tasks on which a method has the best mean / lies within one standard error of the best (that of the "
+        "best method over its seeds; 0 for one seed). Reductions relative to mle, averaged over the tasks of both."
+    )
+    return Table(f"{model}: summary on {split}", caption, cells)
+
+
+def _within(column: Column, metric: str, name: str) -> bool:
+    winner, own = best(column, metric), values(column[name], metric)
+    if winner is None or not own:
+        return False
+    top = values(column[winner], metric)
+    error = stdev(top) / math.sqrt(len(top)) if len(top) > 1 else 0.0
+    return abs(fmean(own) - fmean(top)) <= error
+
+
+def _shifted(rows: Sequence[Row], model: str) -> Table:
+    known = [metric for metric in (*METRICS, *AUROCS) if metric in METRICS or values(rows, metric)]
+    cells = [[(text, False) for text in ("trained on", "set", "method", *(TITLES[metric] for metric in known))]]
+    for split in sorted({row.split for row in rows if row.model == model and row.split.startswith("ood:")}):
+        for task, column in columns(rows, model, split).items():
+            for name, of_seeds in sorted(column.items()):
+                line = [task, split[4:], name, *(spread(values(of_seeds, metric)) for metric in known)]
+                cells.append([(text, False) for text in line])
+    return Table(f"{model}: out of distribution", "Mean ± standard deviation over seeds.", cells)
+
+
+def _tex(text: str) -> str:
+    for sign in "&%$#_{}":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("±", r"$\pm$")

@@ -1,0 +1,69 @@
+"""Checks of the keys below ``search``, and what of a command line concerns training."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.data.example import near_matches
+from utils.search.figures import CROSSES
+from utils.search.sampler import SAMPLERS
+from utils.search.selection import SIGNS
+
+NAMES = {"sampler": SAMPLERS, "final_points": ("selected", "front")}
+LISTS = {"objectives": (tuple(SIGNS), 1), "select.rules": (tuple(CROSSES), 0)}
+"""Known entries, and the fewest allowed."""
+COUNTS = {"startup_trials": 1, "n_mc": 1, "seed": 0, "trials": 1, "max_failures": 1, "prune.min_trials": 1}
+"""Whole numbers and their lowest value."""
+NUMBERS = {"seconds": 0.0, "prune.factor": 1.0, "select.acc_within": 0.0}
+"""Numbers and their lowest value."""
+MAY_BE_NULL = ("trials", "max_failures", "seconds", "prune.factor")
+NOT_TRAINING = ("search", "search_space", "paths.output_dir", "resume", "overwrite", "hydra")
+
+
+def check_search(values: Mapping[str, Any]) -> None:
+    """Refuse settings of a search that would fail, or mislead, only after hours. Raises ValueError naming the key."""
+    search, seed, split = values["search"], values["seed"], values["eval"]["split"]
+    if values["resume"] or values["overwrite"]:
+        raise ValueError("a search goes on with the study it finds: leave out resume and overwrite, or name a new one")
+    if split != "validation":
+        raise ValueError(f"eval.split={split}: a search judges on validation data only, leave it out")
+    for key, known in NAMES.items():
+        if search[key] not in known:
+            raise ValueError(f"unknown search.{key}={search[key]}; {near_matches(str(search[key]), known)}")
+    for key, (known, fewest) in LISTS.items():
+        chosen = _get(search, key)
+        if not isinstance(chosen, list) or len(set(map(str, chosen))) != len(chosen) or len(chosen) < fewest:
+            raise ValueError(f"search.{key}={chosen}: expected a list without repetition of {', '.join(known)}")
+        for value in chosen:
+            if value not in known:
+                raise ValueError(f"unknown search.{key}={value}; {near_matches(str(value), known)}")
+    for key, low in {**COUNTS, **NUMBERS}.items():
+        value, kinds = _get(search, key), (int,) if key in COUNTS else (int, float)
+        good = type(value) in kinds and low <= value < math.inf
+        if not good and not (value is None and key in MAY_BE_NULL):
+            what = "a whole number" if key in COUNTS else "a number"
+            raise ValueError(f"search.{key}={value}: expected {what}, at least {low}")
+    for name, value in search["reference"].items():
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"search.reference.{name}={value}: expected a number or null")
+    if search["trials"] is None and search["seconds"] is None:
+        raise ValueError("search.trials=null and search.seconds=null would never end: set one of them")
+    seeds = search["final_seeds"]
+    if not isinstance(seeds, list) or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) != len(seeds):
+        raise ValueError(f"search.final_seeds={seeds}: expected a list of different seeds such as [1,2,3]")
+    if seed in seeds:
+        raise ValueError(f"search.final_seeds={seeds} holds seed={seed} of the search itself: take fresh ones")
+
+
+def training_overrides(arguments: Sequence[str]) -> list[str]:
+    """The arguments that ``train_script.py`` takes too; trials choose their own folder."""
+
+    def key(argument: str) -> str:
+        return argument.partition("=")[0].lstrip("+~").partition("@")[0]
+
+    return [a for a in arguments if not any(key(a) == name or key(a).startswith(f"{name}.") for name in NOT_TRAINING)]
+
+
+def _get(values: Mapping[str, Any], key: str) -> Any:
+    group, _, name = key.rpartition(".")
+    return values[group][name] if group else values[name]

@@ -1,0 +1,115 @@
+"""The search space: which configuration keys vary, read from YAML, proposed by Optuna, written as overrides."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna import Trial
+
+from utils.data.example import near_matches
+
+FIELDS = {
+    "float": ({"low", "high"}, {"log", "step"}),
+    "int": ({"low", "high"}, {"log", "step"}),
+    "categorical": ({"choices"}, set()),
+    "link": ({"to"}, {"times"}),
+}
+"""Fields that an entry of each type needs, and those it may have."""
+Space = dict[str, dict[str, Any]]
+
+
+def read_space(tree: Mapping[str, Any]) -> Space:
+    """Dotted configuration keys and their entries, from the nested form of ``configs/search_space``.
+
+    An entry is ``{type: float | int, low, high[, log][, step]}``, ``{type: categorical, choices}`` or
+    ``{type: link, to: KEY[, times]}``, whose value is ``times`` that of another entry.
+
+    Raises:
+        ValueError: If nothing is to be searched, or an entry is malformed; the message names its key.
+    """
+    space = dict(_entries(tree))
+    for key, entry in space.items():
+        kind = str(entry["type"])
+        if kind not in FIELDS:
+            raise ValueError(f"search.space.{key}: unknown type {kind}; {near_matches(kind, tuple(FIELDS))}")
+        needed, allowed = FIELDS[kind]
+        given = set(entry) - {"type"}
+        if not needed <= given <= needed | allowed:
+            wanted = f"takes {sorted(needed)}" + (f", and may take {sorted(allowed)}" if allowed else "")
+            raise ValueError(f"search.space.{key} has {sorted(given)}: type={kind} {wanted}")
+        if kind in ("float", "int"):
+            _check_range(key, entry, int if kind == "int" else (int, float))
+        elif kind == "categorical" and not (isinstance(entry["choices"], list) and entry["choices"]):
+            raise ValueError(f"search.space.{key}.choices={entry['choices']}: expected a list of values")
+        elif kind == "link" and space.get(entry["to"], {}).get("type") not in ("float", "int"):
+            raise ValueError(f"search.space.{key}.to={entry['to']}: expected a float or int key of search.space")
+    if not any(entry["type"] != "link" for entry in space.values()):
+        raise ValueError("search.space is empty: choose a file of configs/search_space, or add entries")
+    return space
+
+
+def suggest(trial: Trial, space: Space) -> dict[str, Any]:
+    """The values of a trial for every key of the space."""
+    for key, entry in space.items():
+        options = {name: value for name, value in entry.items() if name in ("low", "high", "log", "step")}
+        if entry["type"] == "float":
+            trial.suggest_float(key, **options)
+        elif entry["type"] == "int":
+            trial.suggest_int(key, **options)
+        elif entry["type"] == "categorical":
+            trial.suggest_categorical(key, [_stored(choice) for choice in entry["choices"]])
+    return values_of(trial.params, space)
+
+
+def first_values(space: Space) -> dict[str, Any]:
+    """One point of the space: every low end or first choice."""
+    params = {key: entry["low"] for key, entry in space.items() if "low" in entry}
+    params |= {key: _stored(entry["choices"][0]) for key, entry in space.items() if "choices" in entry}
+    return values_of(params, space)
+
+
+def values_of(params: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """Configuration values of the parameters that a study has stored."""
+    values = {}
+    for key, entry in space.items():
+        if entry["type"] == "link":
+            value = params[entry["to"]]
+            values[key] = value * entry["times"] if "times" in entry else value
+        elif entry["type"] == "categorical":
+            values[key] = next(choice for choice in entry["choices"] if _stored(choice) == params[key])
+        else:
+            values[key] = params[key]
+    return values
+
+
+def overrides_of(values: Mapping[str, Any], configs: Path) -> list[str]:
+    """Command-line overrides; a key that is a folder of ``configs`` chooses a file of that group."""
+    return [f"{key}={value if (configs / key).is_dir() else json.dumps(value)}" for key, value in values.items()]
+
+
+def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, value in tree.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"search.space.{prefix}{name}={value}: expected an entry such as {{type: int, low: 1, high: 4}}"
+            )
+        if isinstance(value.get("type"), str):
+            yield prefix + name, dict(value)
+        else:
+            yield from _entries(value, f"{prefix}{name}.")
+
+
+def _check_range(key: str, entry: Mapping[str, Any], kinds: Any) -> None:
+    low, high = entry["low"], entry["high"]
+    numbers = all(isinstance(value, kinds) and not isinstance(value, bool) for value in (low, high))
+    if not numbers or not low < high or (entry.get("log") and low <= 0):
+        wanted = "low < high of that type, both above 0 with log"
+        raise ValueError(f"search.space.{key}: low={low}, high={high}: expected {wanted}")
+    if entry.get("log") and "step" in entry:
+        raise ValueError(f"search.space.{key} has both log and step: leave one out")
+
+
+def _stored(choice: Any) -> Any:
+    """A choice as a study stores it: lists as JSON text."""
+    return json.dumps(choice) if isinstance(choice, list) else choice

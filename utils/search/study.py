@@ -1,0 +1,187 @@
+"""The Optuna study: storage, several processes at once, budget, and trials whose process died."""
+
+import fcntl
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import optuna
+from optuna import Study, Trial, TrialPruned
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from utils.search.sampler import WORKER
+from utils.search.selection import SIGNS, Point
+
+REASON, FINGERPRINT, VALUES, METRICS = "reason", "fingerprint", "values", "metrics"
+"""User attributes of trials and studies."""
+NAMELESS_SECONDS = 60
+"""A running trial that after so long bears no worker's name was lost in its first moment."""
+
+
+def open_storage(location: str) -> str | BaseStorage:
+    """A URL as Optuna takes it, or a journal file."""
+    if "://" in location:
+        return location
+    Path(location).parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(location))
+
+
+def open_study(
+    location: str, name: str, objectives: Sequence[str], sampler: BaseSampler, fingerprint: Mapping[str, Any]
+) -> Study:
+    """Create the study, or go on with it.
+
+    Args:
+        location: Journal file or URL.
+        name: Of the study.
+        objectives: Names in ``SIGNS``.
+        sampler: Proposes trials.
+        fingerprint: Flat settings that must be those the study began with.
+
+    Raises:
+        ValueError: If the study began with other settings.
+    """
+    directions: Any = ["maximize" if SIGNS[objective] < 0 else "minimize" for objective in objectives]
+    storage = open_storage(location)
+    known = {s.study_name: s for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+    if name in known:
+        saved = known[name].user_attrs.get(FINGERPRINT, fingerprint)
+        for key in sorted(saved.keys() | fingerprint.keys()):
+            before, now = saved.get(key, "absent"), fingerprint.get(key, "absent")
+            if before != now:
+                remedy = f"set {key} back, or use another search.name and paths.output_dir"
+                raise ValueError(f"study {name} began otherwise: {key} is {before!r} there and {now!r} now; {remedy}")
+    study = optuna.create_study(
+        storage=storage, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
+    )
+    if FINGERPRINT not in study.user_attrs:
+        study.set_user_attr(FINGERPRINT, dict(fingerprint))
+    return study
+
+
+def load_compared(location: str, objectives: Sequence[str]) -> Study:
+    """The study in a storage that holds exactly one, of these objectives; raises ValueError otherwise."""
+    if "://" not in location and not Path(location).is_file():
+        raise ValueError(f"search.compare={location}: no such file; name the journal.log of another search")
+    storage = open_storage(location)
+    names = optuna.get_all_study_names(storage)
+    if len(names) != 1:
+        raise ValueError(f"search.compare={location} holds {len(names)} studies: expected one")
+    study = optuna.load_study(study_name=names[0], storage=storage)
+    if (others := study.user_attrs[FINGERPRINT]["search.objectives"]) != list(objectives):
+        raise ValueError(f"search.compare={location} has the objectives {others}, this search {list(objectives)}")
+    if not points_of(study):
+        raise ValueError(f"search.compare={location} has no complete trial yet")
+    return study
+
+
+class Worker:
+    """This process among those that work on a study; a file lock, which ends with the process, tells it is alive."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.name = folder, uuid.uuid4().hex
+        self._lock = try_lock(folder / self.name)
+
+    def close(self) -> None:
+        """Leave the study."""
+        (self.folder / self.name).unlink(missing_ok=True)
+        if self._lock:
+            self._lock.close()
+
+    def running_elsewhere(self, study: Study) -> int:
+        """Fail the running trials of dead processes; returns how many run in others that live."""
+        alive = 0
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            owner, started = trial.user_attrs.get(WORKER), trial.datetime_start
+            young = started is not None and (datetime.now() - started).total_seconds() < NAMELESS_SECONDS
+            if self._is_alive(owner) if owner else young:
+                alive += 1
+            else:
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        return alive
+
+    def _is_alive(self, owner: str) -> bool:
+        path = self.folder / owner
+        if not path.exists():
+            return False
+        if held := try_lock(path):
+            path.unlink(missing_ok=True)
+            held.close()
+        return held is None
+
+
+def try_lock(path: Path) -> TextIO | None:
+    """Lock a file for this process while it stays open; None if another process holds it."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether the trial ended with its process, not by itself."""
+    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
+
+
+def points_of(study: Study) -> list[Point]:
+    """The complete trials in order."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [Point(t.number, t.user_attrs[VALUES], t.user_attrs[METRICS]) for t in done]
+
+
+def work(
+    study: Study,
+    worker: Worker,
+    objective: Callable[[Trial], Sequence[float]],
+    *,
+    trials: int | None,
+    seconds: float | None,
+    max_failures: int | None,
+    failures: tuple[type[Exception], ...],
+    say: Callable[[FrozenTrial, str], None],
+) -> None:
+    """Run trials until the study has ``trials``, or ``seconds`` have passed; the trial in progress ends first.
+
+    Args:
+        study: May be worked on by other processes.
+        worker: This process.
+        objective: Runs a trial; ``TrialPruned`` records it as pruned, one of ``failures`` as failed.
+        trials: Complete, pruned, failed and running ones together, but not those lost with their process.
+        seconds: Wall-clock time of this process.
+        max_failures: RuntimeError after so many failures in a row, with the last one's message.
+        failures: Errors that fail one trial only.
+        say: Called with each finished trial and the reason why it was pruned or failed.
+    """
+    deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
+    in_a_row = 0
+    while time.monotonic() < deadline:
+        worker.running_elsewhere(study)
+        counted = [t for t in study.get_trials(deepcopy=False) if not is_lost(t)]
+        if trials is not None and len(counted) >= trials:
+            return
+        trial = study.ask()
+        values, state, reason = None, TrialState.FAIL, ""
+        try:
+            values, state = objective(trial), TrialState.COMPLETE
+        except TrialPruned as stop:
+            state, reason = TrialState.PRUNED, str(stop)
+        except failures as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        finally:  # an interrupt ends here too: failed, without a reason
+            if reason:
+                trial.set_user_attr(REASON, reason)
+            done = study.tell(trial, values, state=state)
+        say(done, reason)
+        in_a_row = in_a_row + 1 if state == TrialState.FAIL else 0
+        if max_failures is not None and in_a_row >= max_failures:
+            raise RuntimeError(f"{in_a_row} trials in a row failed, the last with: {reason}; see search.max_failures")
