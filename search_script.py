@@ -28,10 +28,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial
 
-import train_script as ts
 from bnn.metrics import evaluate_predictions
+from pipeline import evaluation
+from pipeline.run import CONFIGS, prepare
+from pipeline.training import train
+from train_script import DEBUG, USER_ERRORS
 from utils.search.analysis import hypervolume_curves, importances
-from utils.search.experiment import compose, flat, write_experiment
+from utils.search.experiment import flat, write_experiment
 from utils.search.figures import plot_search
 from utils.search.pruning import WatchedLogger, watcher
 from utils.search.results import final_test, write_front
@@ -40,7 +43,7 @@ from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
 from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, try_lock, work
-from utils.settings import check, fingerprint, one_line, plain
+from utils.settings import check, compose, fingerprint, one_line, plain
 
 logger = logging.getLogger("search")
 
@@ -48,7 +51,7 @@ logger = logging.getLogger("search")
 def settings_of(base: Sequence[str], values: dict[str, Any], **own: Any) -> DictConfig:
     """The configuration of one training run: the command line, searched values, and the run's own keys on top."""
     run = {"overwrite": True, "eval.split": "validation"} | own
-    return compose(ts.CONFIGS, [*base, *overrides_of(values, ts.CONFIGS), *overrides_of(run, ts.CONFIGS)])
+    return compose(CONFIGS, [*base, *overrides_of(values, CONFIGS), *overrides_of(run, CONFIGS)])
 
 
 def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
@@ -59,11 +62,13 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     settings, folder, base = cfg.search, Path(cfg.paths.output_dir), training_overrides(arguments)
     check(cfg)
     check_search(plain(cfg))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("search_script.py runs without torchrun: start the same command several times instead")
     space = read_space(plain(settings.space))
     settings_of(base, first_values(space))  # unknown keys are found before anything is written
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
     judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc")}
-    begun = flat(fingerprint(compose(ts.CONFIGS, base)) | {"search": judged})
+    begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged})
     worker = Worker(folder / "workers")
     try:
         sampler = NumberedSampler(settings.sampler, settings.seed, settings.startup_trials, worker.name)
@@ -73,7 +78,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
         def objective(trial: optuna.Trial) -> list[float]:
             return run_trial(cfg, base, space, study, trial)
 
-        work(study, worker, objective, **budget, failures=ts.USER_ERRORS, say=say)
+        work(study, worker, objective, **budget, failures=USER_ERRORS, say=say)
         others, lock = worker.running_elsewhere(study), try_lock(folder / "workers" / "results")
         if others or lock is None:
             logger.info("other processes still work on the study: the last one writes the results")
@@ -92,21 +97,18 @@ def run_trial(
     values = suggest(trial, space)
     trial.set_user_attr(VALUES, values)
     folder = Path(cfg.paths.output_dir) / "trials" / f"{trial.number:04d}"
-    run = ts.prepare(settings_of(base, values, **{"paths.output_dir": str(folder)}))
+    run = prepare(settings_of(base, values, **{"paths.output_dir": str(folder)}))
     try:
         if not run.data.validation:
             raise ValueError(f"dset={run.cfg.dset.name} has no validation data to judge a trial on")
         run.log.close()
         run.log = WatchedLogger(folder, watcher(study, trial, cfg.search.prune.factor, cfg.search.prune.min_trials))
         OmegaConf.save(run.cfg, folder / "config.yaml", resolve=True)
-        ts.train(run)
-        if run.cfg.eval.keep == "best" and run.best:
-            with torch.no_grad():
-                for name, parameter in ts.trainable(run.model):
-                    parameter.copy_(run.best["parameters"][name])
-        ts.fit(run)
+        train(run)
+        evaluation.keep_best(run)
+        evaluation.fit(run)
         mode = run.method.modes(cfg.search.n_mc)[0]
-        metrics = evaluate_predictions(*ts.logits_of(run, run.data.validation, mode, "search"))
+        metrics = evaluate_predictions(*evaluation.logits_of(run, run.data.validation, mode, "search"))
     finally:
         run.log.close()
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a trial is not resumed
@@ -138,8 +140,8 @@ def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: o
     for rule, point in selected.items():
         told = ", ".join(f"{name} {point.metrics[name]:.4f}" for name in ("nll", "acc", "ece", "brier"))
         comment = f"Trial {point.number} of the search {settings.name}, chosen by {rule}; validation: {told}."
-        overrides = [*base, *overrides_of(point.values, ts.CONFIGS)]
-        write_experiment(folder / "selected" / f"{rule}.yaml", ts.CONFIGS, overrides, comment)
+        overrides = [*base, *overrides_of(point.values, CONFIGS)]
+        write_experiment(folder / "selected" / f"{rule}.yaml", CONFIGS, overrides, comment)
     again = front if settings.final_points == "front" else {p.number: p for p in selected.values()}.values()
     tests = {p.number: finals(cfg, base, p) for p in again} if settings.final_seeds else {}
     write_front(folder, front, selected, tests)
@@ -158,8 +160,8 @@ def finals(cfg: DictConfig, base: Sequence[str], point: Point) -> list[dict[str,
     for seed in cfg.search.final_seeds:
         folder = Path(cfg.paths.output_dir) / "final" / f"trial{point.number:04d}_seed{seed}"
         if (tested := final_test(folder)) is None:
-            run = ts.prepare(settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)}))
-            ts.finish(run, ts.train(run))
+            run = prepare(settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)}))
+            evaluation.finish(run, train(run))
             tested = final_test(folder)
         found += [tested] if tested else []
     return found
@@ -173,10 +175,10 @@ def main(cfg: DictConfig) -> None:
         search(cfg, HydraConfig.get().overrides.task)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished trials are kept; go on with the same command")
-    except (*ts.USER_ERRORS, optuna.exceptions.OptunaError) as error:
-        if ts.DEBUG:
+    except (*USER_ERRORS, optuna.exceptions.OptunaError) as error:
+        if DEBUG:
             raise
-        sys.exit(one_line(error, ts.CONFIGS))
+        sys.exit(one_line(error, CONFIGS))
 
 
 def launch() -> None:
@@ -189,9 +191,9 @@ def launch() -> None:
     try:
         main()
     except HydraException as error:
-        if ts.DEBUG:
+        if DEBUG:
             raise
-        sys.exit(one_line(error, ts.CONFIGS))
+        sys.exit(one_line(error, CONFIGS))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
     python -m benchmarks.comparison --out outputs/comparison --tasks sst2_500 arc_e_500 --jobs 2 paths.data_dir=/data
     python -m utils.report outputs/comparison/final --out benchmarks/results/comparison
 
-For every task and every method that trains, each of the settings in ``SEARCH`` is trained once with ``TUNING_SEED``
-and the one with the lowest validation NLL (of the method's own prediction) is kept; test data is not read there. That
-setting is then trained with the seeds 0, 1, 2 and evaluated on test. Methods that only add to a trained LoRA adapter
-(``POST_HOC``) start from those of ``mle``. Finished runs are skipped, so the command can be repeated after a kill.
+For every task and every method that trains, each learning rate in ``RATES`` is trained once with ``TUNING_SEED``,
+further ones follow while the best is at the end of those tried (``EXTENSIONS``), and the one with the lowest
+validation NLL of the method's own prediction is kept; test data is not read there. It is then trained with the seeds
+0, 1, 2 and evaluated on test. Methods that only add to a trained LoRA adapter (``POST_HOC``) start from those of
+``mle``. Finished runs are skipped, so the command can be repeated after a kill.
+
 Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first).
 """
 
@@ -19,10 +21,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
-from omegaconf import OmegaConf
+import train_script
+from bnn.metrics import nll
+from pipeline.evaluation import fit, logits_of
+from pipeline.run import CONFIGS, prepare
+from pipeline.training import train
+from utils.run import write_json_atomic
+from utils.settings import compose, one_line
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 TASKS = {
@@ -35,21 +41,24 @@ TASKS = {
     "wg_s": ("dset=wg_s", "train.epochs=5"),
     "wg_m_500": ("dset=wg_m", "dset.train_subset=500", "train.epochs=5"),
 }
-RATES = ("opt.lr=5e-4", "opt.lr=1e-3", "opt.lr=2e-3")
-SEARCH: dict[str, tuple[str, ...]] = {
-    "mle": RATES,
-    "map": RATES,
-    "mc_dropout": RATES,
-    "ensemble": RATES,
-    "lora_plus": ("opt.lr=1e-4", "opt.lr=2.5e-4", "opt.lr=5e-4"),
-    "adalora": RATES,
-    "blob": RATES,
-    "scalabl": ("opt.lr=1e-3", "opt.lr=3e-3", "opt.lr=1e-2"),
-    "sgp": RATES,
+RATES: dict[str, tuple[float, float, float]] = {
+    "mle": (5e-4, 1e-3, 2e-3),
+    "map": (5e-4, 1e-3, 2e-3),
+    "mc_dropout": (5e-4, 1e-3, 2e-3),
+    "lora_plus": (1e-4, 2e-4, 4e-4),
+    "adalora": (5e-4, 1e-3, 2e-3),
+    "blob": (5e-4, 1e-3, 2e-3),
+    "scalabl": (1e-3, 3e-3, 9e-3),
+    "sgp": (5e-4, 1e-3, 2e-3),
 }
-"""Three settings a method: the learning rate, in the range that suits the parametrisation."""
+"""Learning rates that are tried first, a constant factor apart."""
+EXTENSIONS = 2
+"""While the best rate is the lowest or the highest tried, one more beyond it is tried, so many times at most."""
+AS_MLE = ("ensemble",)
+"""Methods trained at the learning rate chosen for ``mle``, whose members they are."""
 POST_HOC = ("temperature", "laplace", "laplace_last", "tfb")
-COMMON = ("eval.every=100000", "eval.every_n_mc=10", "eval.n_mc=10", "eval.batch_size=64")
+COMMON = ("eval.every=none", "eval.n_mc=10", "eval.batch_size=64")
+TUNED = "tuned.json"
 
 
 class Job(NamedTuple):
@@ -61,39 +70,65 @@ class Job(NamedTuple):
     """Whether to go on to the evaluation on test data."""
 
 
-def tuning_jobs(task: str, out: Path) -> dict[str, list[Job]]:
-    """The search of every method on one task."""
-    return {
-        method: [
-            Job(
-                out / "tune" / task / method / str(i),
-                (*TASKS[task], f"method={method}", setting, f"seed={TUNING_SEED}"),
-                False,
-            )
-            for i, setting in enumerate(settings)
-        ]
-        for method, settings in SEARCH.items()
-    }
+def tuning_job(task: str, method: str, rate: float, out: Path) -> Job:
+    """One setting of the search."""
+    return Job(out / "tune" / task / method / f"{rate:g}", settings_of(task, method, rate, TUNING_SEED), False)
 
 
-def final_jobs(task: str, out: Path, chosen: dict[str, str]) -> list[Job]:
+def rates_to_try(method: str, found: dict[float, float]) -> list[float]:
+    """What to train next, given the validation NLL of the rates that were tried; nothing once the search has ended."""
+    first = RATES[method]
+    if not found:
+        return list(first)
+    factor, best = first[1] / first[0], min(found, key=found.__getitem__)
+    beyond = {min(found): best / factor, max(found): best * factor}.get(best)
+    return [float(f"{beyond:.3g}")] if beyond is not None and len(found) < len(first) + EXTENSIONS else []
+
+
+def tune(pool: Any, tasks: Sequence[str], out: Path, common: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The chosen learning rate of every method on every task; methods none of whose runs finished are left out."""
+    found: dict[tuple[str, str], dict[float, float]] = {(task, method): {} for task in tasks for method in RATES}
+    for _ in range(1 + EXTENSIONS):
+        jobs = {}
+        for (task, method), known in found.items():
+            for rate in rates_to_try(method, known):
+                jobs[task, method, rate] = tuning_job(task, method, rate, out)
+        run_all(pool, jobs.values(), common)
+        for (task, method, rate), job in jobs.items():
+            if is_finished(job):
+                found[task, method][rate] = json.loads((job.folder / TUNED).read_text())["nll"]
+    chosen: dict[str, dict[str, float]] = {task: {} for task in tasks}
+    for (task, method), known in found.items():
+        if known:
+            chosen[task][method] = min(known, key=known.__getitem__)
+    for best in chosen.values():
+        best |= {method: best["mle"] for method in AS_MLE if "mle" in best}
+    return chosen
+
+
+def final_jobs(task: str, out: Path, chosen: dict[str, float]) -> list[Job]:
     """Every method that trains, at its chosen setting, with all seeds."""
     return [
-        Job(final_folder(out, task, method, s), (*TASKS[task], f"method={method}", setting, f"seed={s}"), True)
-        for method, setting in chosen.items()
-        for s in SEEDS
+        Job(final_folder(out, task, method, seed), settings_of(task, method, rate, seed), True)
+        for method, rate in chosen.items()
+        for seed in SEEDS
     ]
 
 
-def post_hoc_jobs(task: str, out: Path, chosen: dict[str, str]) -> list[Job]:
+def post_hoc_jobs(task: str, out: Path, chosen: dict[str, float]) -> list[Job]:
     """Methods that start from the adapters of ``mle``."""
     jobs: list[Job] = []
     for method in POST_HOC if "mle" in chosen else ():
-        for s in SEEDS:
-            start = f"train.init_adapter={final_folder(out, task, 'mle', s) / 'adapter'}"
-            overrides = (*TASKS[task], f"method={method}", chosen["mle"], f"seed={s}", start, "train.epochs=0")
-            jobs.append(Job(final_folder(out, task, method, s), overrides, True))
+        for seed in SEEDS:
+            start = (f"train.init_adapter={final_folder(out, task, 'mle', seed) / 'adapter'}", "train.epochs=0")
+            overrides = (*settings_of(task, method, chosen["mle"], seed), *start)
+            jobs.append(Job(final_folder(out, task, method, seed), overrides, True))
     return jobs
+
+
+def settings_of(task: str, method: str, rate: float, seed: int) -> tuple[str, ...]:
+    """What tells a run from others."""
+    return (*TASKS[task], f"method={method}", f"opt.lr={rate:g}", f"seed={seed}")
 
 
 def final_folder(out: Path, task: str, method: str, seed: int) -> Path:
@@ -101,52 +136,27 @@ def final_folder(out: Path, task: str, method: str, seed: int) -> Path:
     return out / "final" / task / method / f"seed{seed}"
 
 
-def choose(task: str, out: Path) -> dict[str, str]:
-    """For each method the setting with the lowest validation NLL at the end of training.
-
-    Methods none of whose settings finished are left out.
-    """
-    chosen = {}
-    for method, jobs in tuning_jobs(task, out).items():
-        found = {setting: validation_nll(job.folder) for setting, job in zip(SEARCH[method], jobs, strict=True)}
-        finished = {setting: value for setting, value in found.items() if value is not None}
-        if finished:
-            chosen[method] = min(finished, key=finished.__getitem__)
-    return chosen
-
-
-def validation_nll(folder: Path) -> float | None:
-    """NLL of the last evaluation on validation data, once training has ended; None before."""
-    done, log = folder / "tuned.json", folder / "metrics.jsonl"
-    if not done.exists():
-        return None
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    return [r["nll"] for r in records if r["kind"] == "eval" and r["split"] == "validation"][-1]
-
-
 def is_finished(job: Job) -> bool:
     """Whether the run's last record is there."""
-    return (job.folder / ("reliability.json" if job.test else "tuned.json")).exists()
+    return (job.folder / ("reliability.json" if job.test else TUNED)).exists()
 
 
 def execute(job: Job, common: Sequence[str]) -> str | None:
     """Run one job in this process; returns what went wrong, if anything."""
-    import train_script as ts
-
     arguments = [*COMMON, *job.overrides, *common, f"paths.output_dir={job.folder}", "overwrite=true"]
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = hydra.compose("train", arguments)
-        run = ts.prepare(cfg)
-        OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
-        ts.write_json_atomic(run.folder / "environment.json", ts.environment_record())
-        step = ts.train(run)
+        cfg = compose(CONFIGS, arguments)
         if job.test:
-            ts.finish(run, step)
+            train_script.execute(cfg)
         else:
-            ts.write_json_atomic(job.folder / "tuned.json", {"step": step})
-    except ts.USER_ERRORS as error:
-        return f"{job.folder}: {ts.one_line(error, CONFIGS)}"
+            run = prepare(cfg)
+            step = train(run)
+            fit(run)
+            mode = run.method.modes(cfg.eval.n_mc)[0]
+            logits, answer = logits_of(run, run.data.validation, mode, "tuning")
+            write_json_atomic(job.folder / TUNED, {"step": step, "nll": nll(logits, answer)})
+    except train_script.USER_ERRORS as error:
+        return f"{job.folder}: {one_line(error, CONFIGS)}"
     return None
 
 
@@ -176,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     out, common, tasks = arguments.out.resolve(), arguments.overrides, arguments.tasks
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        run_all(pool, [job for task in tasks for jobs in tuning_jobs(task, out).values() for job in jobs], common)
-        chosen = {task: choose(task, out) for task in tasks}
+        chosen = tune(pool, tasks, out, common)
         out.mkdir(parents=True, exist_ok=True)
         (out / "chosen.json").write_text(json.dumps(chosen, indent=1))
         run_all(pool, [job for task in tasks for job in final_jobs(task, out, chosen[task])], common)

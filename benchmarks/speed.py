@@ -90,7 +90,8 @@ def workloads(model: Any, method: Method, shrink: int, samples: int) -> dict[str
         batch = ids(rows, length)
 
         def passes() -> None:
-            model.eval()
+            if model.training:  # else what a second pass reuses would be lost
+                model.eval()
             if draws == 1 or not method.stochastic:
                 for _ in range(draws):
                     forward(batch)

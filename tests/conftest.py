@@ -1,11 +1,14 @@
 """Shared fixtures: a tiny random Llama built in the test, adapters on it, and generic posterior tensors."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tiny_runs import FAST, Overrides, row
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,5 +134,19 @@ def make_tensors() -> Callable[..., tuple[dict[str, Tensor], InducingFlow | None
                 flow = InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden).double()
         factors = [factor() for _ in range(n)]
         return {name: torch.stack([f[name] for f in factors]) for name in factors[0]}, flow
+
+    return make
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> Overrides:
+    """Command line of a run of 6 steps (12 examples, batches of 4, 2 epochs) in its own folder."""
+    files = {"train": range(12), "validation": range(20, 25), "test": range(30, 36)}
+    for split, numbers in files.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in numbers))
+    data = [f"dset.{split}_file={tmp_path / split}.jsonl" for split in files]
+
+    def make(*extra: str, folder: str = "run") -> list[str]:
+        return [*FAST, *data, f"paths.output_dir={tmp_path / folder}", *extra]
 
     return make

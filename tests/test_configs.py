@@ -19,6 +19,8 @@ from utils.llm import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
+READERS = [ROOT / "train_script.py", ROOT / "utils" / "settings.py", *sorted((ROOT / "pipeline").glob("*.py"))]
+SOURCE = "\n".join(path.read_text() for path in READERS)
 GROUPS = ("llm", "dset", "inducing", "opt", "peft", "quantization", "method", "paths", "experiment")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 SELECTABLE = [(group, name) for group, name in OPTIONS if name != "base"]  # base.yaml is the others' common part
@@ -38,8 +40,8 @@ def fields_of(config_class: type) -> set[str]:
 
 
 def read_in_script(group: str) -> set[str]:
-    """Keys of ``cfg.<group>`` that train_script.py names: attributes, and whole names in string constants."""
-    tree = ast.parse((ROOT / "train_script.py").read_text())
+    """Keys of ``cfg.<group>`` that the program names: attributes, and whole names in string constants."""
+    tree = ast.parse(SOURCE)
     aliases = {group}
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
@@ -57,7 +59,7 @@ def read_in_script(group: str) -> set[str]:
 
 
 def read_at_top() -> set[str]:
-    tree = ast.parse((ROOT / "train_script.py").read_text())
+    tree = ast.parse(SOURCE)
     return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value).endswith("cfg")}
 
 

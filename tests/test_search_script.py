@@ -16,7 +16,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 import search_script as ss
-import train_script as ts
+from bnn.metrics import evaluate_predictions
+from pipeline import evaluation, training
+from pipeline.run import Run, prepare
 from utils.search import pruning
 from utils.search.experiment import compose
 from utils.search.study import load_compared, points_of
@@ -58,7 +60,7 @@ def failure(arguments: list[str]) -> str:
         patch.setattr(sys, "argv", ["search_script.py", *arguments])
         patch.setenv("HYDRA_FULL_ERROR", "0")
         patch.setenv("HYDRA_MAIN_MODULE", "__main__")
-        patch.setattr(ts, "DEBUG", False)
+        patch.setattr(ss, "DEBUG", False)
         with pytest.raises(SystemExit) as stop:
             ss.launch()
     assert re.fullmatch("error: .*", stop.value.code), "one line"
@@ -77,7 +79,7 @@ def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
     assert not list(folder.glob("trials/*/checkpoint"))
 
     with monkeypatch.context() as patch:  # the same command again only writes the results anew
-        patch.setattr(ts, "prepare", None)
+        patch.setattr(ss, "prepare", None)
         run(tmp_path / "a", "search.final_seeds=[5]")
     rows = list(csv.DictReader((folder / "front.csv").open()))
     chosen = {rule: row for row in rows for rule in row["selected"].split("; ") if rule}
@@ -99,36 +101,35 @@ def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):
     folder = run(tmp_path / "a", "search.trials=1")
     cfg = OmegaConf.load(folder / "trials" / "0000" / "config.yaml")
     cfg.paths.output_dir = str(tmp_path / "again")
-    again = ts.prepare(cfg)
-    ts.train(again)
-    logits, answer = ts.logits_of(again, again.data.validation, 2, "search")
+    again = prepare(cfg)
+    training.train(again)
+    logits, answer = evaluation.logits_of(again, again.data.validation, 2, "search")
     assert (
-        ts.evaluate_predictions(logits, answer)
-        == points_of(load_compared(f"{folder}/journal.log", OBJECTIVES))[0].metrics
+        evaluate_predictions(logits, answer) == points_of(load_compared(f"{folder}/journal.log", OBJECTIVES))[0].metrics
     )
 
 
 def test_test_data_are_never_looked_at(tmp_path, monkeypatch):
-    seen, logits_of = [], ts.logits_of
+    seen, logits_of = [], evaluation.logits_of
 
-    def watched(run_: ts.Run, examples, *rest):
+    def watched(run_: Run, examples, *rest):
         seen.append(examples is run_.data.validation)
         return logits_of(run_, examples, *rest)
 
-    monkeypatch.setattr(ts, "logits_of", watched)
+    monkeypatch.setattr(evaluation, "logits_of", watched)
     run(tmp_path / "a")
     assert len(seen) == 2 * 4  # before training, two steps, the judgement
     assert all(seen)
 
 
 def test_bad_trials_are_recorded_and_the_study_goes_on(tmp_path, monkeypatch):
-    accumulate = ts.accumulate
+    accumulate = training.accumulate
 
-    def troubled(run_: ts.Run, *rest):
+    def troubled(run_: Run, *rest):
         loss = accumulate(run_, *rest)
         return loss._replace(loss=torch.tensor(float("nan"))) if run_.folder.name == "0000" else loss
 
-    monkeypatch.setattr(ts, "accumulate", troubled)
+    monkeypatch.setattr(training, "accumulate", troubled)
     evaluate, judged = ss.evaluate_predictions, []
 
     def sometimes_nan(*rest):

@@ -18,12 +18,20 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from peft import PeftModel
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import train_script as ts
 from bnn.methods.base import trainable
+from bnn.metrics import evaluate_predictions
+from pipeline import training
+from pipeline.evaluation import finish, logits_of
+from pipeline.run import Run, prepare
+from pipeline.training import accumulate, train
+from utils.data.order import nth_batch
 from utils.llm import load_model
 from utils.run import read_metrics
+from utils.settings import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r"(?:-?\d+\.\d{4}|nan|inf)"
@@ -32,16 +40,6 @@ WHERE = r"EP \d+ \| STEP \d+\] LR: \d\.\d{6}e[+-]\d\d"
 EVALUATION = re.compile(rf"\[{WHERE} {HEADLINE} \(split=validation, MC=(mean|\d+)\)")
 TRAINING = re.compile(rf"\[TRAIN {WHERE} LOSS=\S+ \| NLL=\S+ \| KL=\S+ \| BETA=\S+ \| \S+ ex/s")
 FINAL = re.compile(rf"\[FINAL\] {HEADLINE} \(split=(test), MC=(mean|zero_shot|\d+)\)")
-FAST = (
-    *("llm=tiny", "dset=jsonl", "dset.scoring=choice_sum", "device=cpu"),
-    *("llm.architecture.vocab_size=300", "llm.architecture.hidden_size=32", "peft.target_modules=[q_proj,v_proj]"),
-    *("train.batch_size=4", "train.epochs=2", "train.log_every=1", "eval.n_mc=3", "opt.lr=1e-2"),
-)
-Overrides = Callable[..., list[str]]
-
-
-def row(number: int) -> dict[str, Any]:
-    return {"id": f"q{number}", "question": f"{number} + 1 =", "choices": ["ten", str(number + 1), "no"], "answer": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -55,34 +53,20 @@ def _as_before() -> Iterator[None]:
     root.handlers[:] = handlers
 
 
-@pytest.fixture
-def overrides(tmp_path: Path) -> Overrides:
-    """Command line of a run of 6 steps (12 examples, batches of 4, 2 epochs) in its own folder."""
-    files = {"train": range(12), "validation": range(20, 25), "test": range(30, 36)}
-    for split, numbers in files.items():
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in numbers))
-    data = [f"dset.{split}_file={tmp_path / split}.jsonl" for split in files]
-
-    def make(*extra: str, folder: str = "run") -> list[str]:
-        return [*FAST, *data, f"paths.output_dir={tmp_path / folder}", *extra]
-
-    return make
-
-
 def compose(arguments: list[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return hydra.compose("train", arguments)
 
 
-def execute(arguments: list[str], changes: Callable[[ts.Run], None] = lambda run: None) -> ts.Run:
+def execute(arguments: list[str], changes: Callable[[Run], None] = lambda run: None) -> Run:
     """What ``main`` does, in this process; ``changes`` may alter the run before it trains."""
-    run = ts.prepare(compose(arguments))
+    run = prepare(compose(arguments))
     changes(run)
-    ts.finish(run, ts.train(run))
+    finish(run, train(run))
     return run
 
 
-def parameters(run: ts.Run) -> dict[str, Tensor]:
+def parameters(run: Run) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainable(run.model)}
 
 
@@ -159,14 +143,12 @@ def test_a_run_writes_its_folder_and_documented_lines(tmp_path, overrides):
     assert "llm=tiny" in environment["command"]
 
     cfg = compose(overrides())
-    llm = {
-        key: value for key, value in ts.plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")
-    }
+    llm = {key: value for key, value in plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")}
     base = load_model(cache_dir=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **llm)
     loaded = PeftModel.from_pretrained(base, folder / "adapter")
-    run = ts.prepare(compose(overrides(f"paths.output_dir={tmp_path / 'other'}")))
+    run = prepare(compose(overrides(f"paths.output_dir={tmp_path / 'other'}")))
     run.model = loaded
-    logits, _ = ts.logits_of(run, run.data.test, None, "test")
+    logits, _ = logits_of(run, run.data.test, "mean", "test")
     with np.load(folder / "predictions_test_mcmean.npz") as saved:
         torch.testing.assert_close(logits, torch.from_numpy(saved["logits"]), rtol=0, atol=1e-5)
 
@@ -194,14 +176,14 @@ RESUMABLE = ("peft.lora_dropout=0.2", "eval.every=2", "train.n_mc=2", "train.che
 
 def interrupt_after(step: int, patch: pytest.MonkeyPatch) -> None:
     """Let the run be interrupted during the given step, counted from 1."""
-    made, accumulate = [0], ts.accumulate
+    made, accumulate = [0], training.accumulate
 
-    def counting(run: ts.Run, *arguments: Any) -> Any:
+    def counting(run: Run, *arguments: Any) -> Any:
         made[0] += 1
         run.interrupted = made[0] == step
         return accumulate(run, *arguments)
 
-    patch.setattr(ts, "accumulate", counting)
+    patch.setattr(training, "accumulate", counting)
 
 
 @pytest.mark.parametrize(
@@ -287,10 +269,10 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_up(tmp_path, overrides
     assert "contradict" in failure(overrides("resume=true", "overwrite=true"))
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     (folder / "notes.txt").write_text("the user's own")
-    run = ts.prepare(compose(overrides("overwrite=true", "eval.n_mc=2", "seed=3")))
+    run = prepare(compose(overrides("overwrite=true", "eval.n_mc=2", "seed=3")))
     assert not (folder / "checkpoint").exists(), "a killed run must not be resumed from the one it replaced"
     assert not (folder / "predictions_test_mc3.npz").exists()
-    ts.finish(run, ts.train(run))
+    finish(run, train(run))
     assert (folder / "notes.txt").exists()
     assert not equal(parameters(first), parameters(run))
     assert len(evaluations(folder)) == 6  # 3 during training, 3 at the end: none of the first run's
@@ -312,13 +294,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, overrides):
 
 
 def gradient(arguments: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    run = ts.prepare(compose(arguments))
+    run = prepare(compose(arguments))
     per_step = run.cfg.train.batch_size * run.cfg.train.grad_accum
     with torch.no_grad():  # LoRA starts at B = 0, where A has no gradient
         for number, (_, parameter) in enumerate(trainable(run.model)):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
             parameter.add_(0.1 * noise)
-    loss = ts.accumulate(run, ts.nth_batch(run.data.train, per_step, 0, 0, 0), 1.0)
+    loss = accumulate(run, nth_batch(run.data.train, per_step, 0, 0, 0), 1.0)
     return loss.loss, {name: p.grad.clone() for name, p in trainable(run.model)}
 
 
@@ -334,22 +316,22 @@ def test_gradient_accumulation_equals_one_batch(overrides):
 
 
 def test_a_smaller_last_micro_batch_weighs_by_its_size(overrides):
-    run = ts.prepare(compose(overrides("method=mle", "train.batch_size=3", "train.grad_accum=2")))
+    run = prepare(compose(overrides("method=mle", "train.batch_size=3", "train.grad_accum=2")))
     examples = run.data.train[:4]
-    split = ts.accumulate(run, examples, 1.0).loss
+    split = accumulate(run, examples, 1.0).loss
     run.cfg.train.batch_size = 4
-    torch.testing.assert_close(split, ts.accumulate(run, examples, 1.0).loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(split, accumulate(run, examples, 1.0).loss, rtol=0, atol=1e-6)
 
 
 def nan_at(step: int, patch: pytest.MonkeyPatch) -> None:
     """The scores of the given training forward, counted from 1, become nan."""
-    made, score = [0], ts.score
+    made, score = [0], training.score
 
     def broken(model: Any, batch: Any) -> Tensor:
         made[0] += model.training
         return score(model, batch) * (float("nan") if model.training and made[0] == step else 1.0)
 
-    patch.setattr(ts, "score", broken)
+    patch.setattr(training, "score", broken)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, overrides, monkeypatch):
@@ -376,16 +358,16 @@ def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path, overrides, monkeypat
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(overrides):
-    def poison(run: ts.Run) -> None:
+    def poison(run: Run) -> None:
         updated_parameters(run)[0].register_hook(lambda g: g * float("nan"))
 
-    untrained = ts.prepare(compose(overrides(folder="untrained")))
+    untrained = prepare(compose(overrides(folder="untrained")))
     assert equal(parameters(untrained), parameters(execute(overrides("train.on_nonfinite=skip"), poison)))
     with pytest.raises(FloatingPointError, match="gradient norm nan at step 1, examples q"):
         execute(overrides(folder="stopped"), poison)
 
 
-def updated_parameters(run: ts.Run) -> list[torch.Tensor]:
+def updated_parameters(run: Run) -> list[torch.Tensor]:
     """What the optimiser updates; the model's own parameters may be views of these."""
     return [p for group in run.optimizer.param_groups for p in group["params"]]
 
@@ -393,13 +375,13 @@ def updated_parameters(run: ts.Run) -> list[torch.Tensor]:
 def test_clipping_bounds_the_step(overrides, monkeypatch):
     norms = {}
     for limit in ("null", "1e-3"):
-        run = ts.prepare(compose(overrides(f"train.max_grad_norm={limit}", "train.max_steps=1", folder=limit)))
+        run = prepare(compose(overrides(f"train.max_grad_norm={limit}", "train.max_steps=1", folder=limit)))
 
-        def see(limit: str = limit, run: ts.Run = run) -> None:
+        def see(limit: str = limit, run: Run = run) -> None:
             norms[limit] = float(torch.stack([p.grad.norm() for p in updated_parameters(run)]).norm())
 
         monkeypatch.setattr(run.optimizer, "step", see)
-        ts.train(run)
+        train(run)
     assert norms["1e-3"] == pytest.approx(1e-3, rel=1e-3)
     assert norms["null"] > 1e-2
 
@@ -420,7 +402,7 @@ def test_clipping_bounds_the_step(overrides, monkeypatch):
     ids=" ".join,
 )
 def test_variants_train_two_steps(tmp_path, overrides, extra):
-    start = parameters(ts.prepare(compose(overrides(*extra, folder="start"))))
+    start = parameters(prepare(compose(overrides(*extra, folder="start"))))
     run = execute(overrides(*extra, "train.max_steps=2"))
     moved = [not torch.equal(start[name], p) for name, p in parameters(run).items()]
     assert sum(moved) > len(moved) / 2
@@ -447,8 +429,8 @@ def test_the_quiz_trains_and_reports_its_held_out_category(tmp_path, overrides):
     ("every", "steps"), [("2", [0, 2, 4, 6]), ("4", [0, 4, 6]), ("epoch", [0, 3, 6]), ("none", [])]
 )
 def test_evaluations_during_training(tmp_path, overrides, every, steps):
-    run = ts.prepare(compose(overrides(f"eval.every={every}", "eval.every_n_mc=2", "eval.split=train")))
-    ts.train(run)
+    run = prepare(compose(overrides(f"eval.every={every}", "eval.every_n_mc=2", "eval.split=train")))
+    train(run)
     records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
     assert [record["step"] for record in records] == steps
     assert {(record["split"], record["mc"]) for record in records} <= {("train", 2)}
@@ -456,16 +438,16 @@ def test_evaluations_during_training(tmp_path, overrides, every, steps):
 
 def test_keep_best_saves_the_parameters_of_the_lowest_nll(tmp_path, overrides):
     arguments = overrides("eval.keep=best", "eval.every=1", "opt.lr=0.3", "opt.schedule=constant")
-    run = ts.prepare(compose(arguments))
-    step = ts.train(run)
+    run = prepare(compose(arguments))
+    step = train(run)
     last = parameters(run)
-    ts.finish(run, step)
+    finish(run, step)
     records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
     best = min(records, key=lambda record: record["nll"])
     assert best["step"] < 6, "with so large a learning rate the last step is not the best"
     assert run.best["step"] == best["step"]
     assert not equal(last, parameters(run))
-    metrics = ts.evaluate_predictions(*ts.logits_of(run, run.data.validation, None, "x"))
+    metrics = evaluate_predictions(*logits_of(run, run.data.validation, None, "x"))
     assert metrics["nll"] == pytest.approx(best["nll"], abs=1e-6)
 
 
@@ -481,11 +463,11 @@ def test_tokens_per_forward_and_batch_size_do_not_change_predictions(overrides):
     results = []
     for tokens, batch_size in ((100_000, 32), (1, 32), (100_000, 2)):
         run.cfg.eval.max_tokens_per_forward, run.cfg.eval.batch_size = tokens, batch_size
-        results.append(ts.logits_of(run, run.data.test, 5, "test")[0])
+        results.append(logits_of(run, run.data.test, 5, "test")[0])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-5)
     assert float(results[0].std(0).max()) > 1e-4, "the samples differ"
-    reverse = ts.logits_of(run, run.data.test[::-1], 5, "test")[0]
+    reverse = logits_of(run, run.data.test[::-1], 5, "test")[0]
     torch.testing.assert_close(reverse.flip(1), results[0], rtol=0, atol=1e-5)  # in the order of the examples
 
 
@@ -581,3 +563,39 @@ def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     log = tmp_path / "log"
     assert start(overrides("train.epoch=3"), log).wait(60) == 1
     assert log.read_text().splitlines() == [failure(overrides("train.epoch=3"))]
+
+
+# Out of distribution
+
+
+def test_other_data_sets_are_evaluated_as_out_of_distribution(tmp_path, overrides):
+    execute(overrides("eval.ood=[quiz]", "dset.test_subset=6"))
+    finals = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "final"]
+    outside = {record["mc"]: record for record in finals if record["split"] == "ood:quiz"}
+    assert set(outside) == {"zero_shot", "mean", 3}
+    assert all("auroc_entropy" not in record for record in finals if record["split"] == "test")
+    assert "auroc_mutual_information" not in outside["mean"]
+    log_probs = {}
+    for split in ("test", "ood_quiz"):
+        raw = torch.from_numpy(np.load(tmp_path / "run" / f"predictions_{split}_mc3.npz")["logits"])
+        assert raw.shape[:2] == (3, 6), "as many as of the run's own data"
+        log_probs[split] = raw.log_softmax(-1)
+    p = {split: values.exp() for split, values in log_probs.items()}
+    total = {split: torch.special.entr(values.mean(0)).sum(-1) for split, values in p.items()}
+    epistemic = {split: total[split] - torch.special.entr(p[split]).sum(-1).mean(0) for split in p}
+    for key, measure in {"auroc_entropy": total, "auroc_mutual_information": epistemic}.items():
+        expected = roc_auc_score([0] * 6 + [1] * 6, torch.cat([measure["test"], measure["ood_quiz"]]))
+        assert outside[3][key] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval.ood=[qiuz]",), "dset=qiuz: no such file in configs/dset; did you mean quiz"),
+        (("eval.ood=[jsonl]",), "eval.ood names jsonl, the data set of the run itself"),
+    ],
+)
+def test_bad_names_of_out_of_distribution_sets(overrides, arguments, message):
+    said = failure(overrides(*arguments))
+    assert_one_line(said)
+    assert message in said

@@ -6,7 +6,6 @@ The file is one header line, `bayesian-lora-checkpoint <version> <sha256 of the 
 
 import hashlib
 import io
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from utils.run import check_disk, open_atomic
 FOLDER = "checkpoint"
 FILE = "state.pt"
 MAGIC = "bayesian-lora-checkpoint"
-VERSION = 1
+VERSION = 2
 START_AFRESH = "delete the folder to start afresh"
 
 
@@ -28,9 +27,9 @@ def save_checkpoint(run_dir: str | Path, state: Mapping[str, Any]) -> None:
 
     Args:
         run_dir: Folder of the run.
-        state: Everything needed to continue: `parameters` (name -> trainable tensor), `optimizer` and
-            `scheduler` (their state_dict), `step`, `epoch`, `batch` (position), `rng` (from `capture_rng`),
-            `best` (best metric so far) and `fingerprint` (config keys that must agree on resuming; required).
+        state: Everything needed to continue: `parameters` (name -> trainable tensor), `optimizer` (its
+            state_dict), `step`, `best` (best metric so far) and `fingerprint` (config keys that must agree on
+            resuming; required). Random generators need no state: a step's draws follow from (seed, step).
 
     Raises:
         KeyError: If there is no `fingerprint`.
@@ -77,46 +76,6 @@ def load_checkpoint(run_dir: str | Path, fingerprint: Mapping[str, Any]) -> dict
     state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     _check_fingerprint(path, _flat(state["fingerprint"]), _flat(_plain(fingerprint, "fingerprint")))
     return state
-
-
-def capture_rng(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """State of the global generators of python, numpy and torch (CPU, CUDA) and of the named ones."""
-    version, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=False)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": {**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
-    }
-
-
-def restore_rng(state: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
-    """Put back what `capture_rng` returned; every generator then draws what it would have drawn next.
-
-    Raises:
-        ValueError: If the named generators or the number of CUDA devices do not fit the state.
-    """
-    if set(state["generators"]) != set(generators):
-        saved, given = sorted(state["generators"]), sorted(generators)
-        raise ValueError(f"the checkpoint has generators {saved}, this run {given}: resume with the same program")
-    if len(state["cuda"]) > torch.cuda.device_count():
-        devices = f"{len(state['cuda'])} CUDA devices, this process sees {torch.cuda.device_count()}"
-        raise ValueError(f"the checkpoint has the RNG states of {devices}: resume where as many are visible")
-    for name, generator in generators.items():
-        if generator.get_state().shape != state["generators"][name].shape:
-            raise ValueError(f"generator {name!r} was saved on another device type than {generator.device}")
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    numpy_state = state["numpy"]
-    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
-    torch.set_rng_state(state["torch"])
-    for index, device_state in enumerate(state["cuda"]):
-        torch.cuda.set_rng_state(device_state, index)
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
 
 
 def _plain(value: Any, key: str) -> Any:

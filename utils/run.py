@@ -112,6 +112,25 @@ class RunLogger:
         self._file.flush()
 
 
+class NoLogger(RunLogger):
+    """What processes other than the main one have for a logger: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def reliability(self, bins: Mapping[str, Mapping[str, Any]]) -> None:
+        """See ``RunLogger.reliability``."""
+
+    def close(self) -> None:
+        """See ``RunLogger.close``."""
+
+    def _line(self, line: str) -> None:
+        pass
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        pass
+
+
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Read the records of a run; a half-written last line is left out.
 

@@ -22,6 +22,13 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def stream_seed(seed: int, *stream: str | int) -> int:
+    """Seed of a named stream: a hash of the run's seed and the names; 3 and "3" differ."""
+    digest = hashlib.sha256(json.dumps([seed, *stream]).encode()).digest()
+    # torch's CPU engine keeps the low 32 bits, its CUDA engine all 63
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def make_generator(seed: int, *stream: str | int, device: str | torch.device = "cpu") -> torch.Generator:
     """Make the generator of a named stream, such as `make_generator(seed, "train", epoch)`.
 
@@ -33,9 +40,7 @@ def make_generator(seed: int, *stream: str | int, device: str | torch.device = "
         *stream: Names and numbers that tell the stream from others; 3 and "3" differ.
         device: Where the generator draws.
     """
-    digest = hashlib.sha256(json.dumps([seed, *stream]).encode()).digest()
-    # torch's CPU engine keeps the low 32 bits, its CUDA engine all 63
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(stream_seed(seed, *stream))
 
 
 def deterministic() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -67,6 +68,36 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
 
 
+def compose(configs: Path, overrides: list[str]) -> DictConfig:
+    """The configuration ``train_script.py`` runs with these overrides; also from inside a Hydra application."""
+    outer = GlobalHydra.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(configs), version_base="1.3"):
+            return hydra.compose("train", overrides)
+    finally:
+        GlobalHydra.set_state(outer)
+
+
+def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, Any]]:
+    """Settings of the data sets in ``eval.ood``, scored, limited and subsampled as the run's own.
+
+    An entry is the name of a file in ``configs/dset``, or NAME:CONFIG for another configuration of its source.
+
+    Raises:
+        ValueError: for the run's own data set.
+    """
+    own, found = plain(cfg.dset), {}
+    shared = {key: own[key] for key in ("scoring", "max_length", "too_long", "test_subset")}
+    for entry in cfg.eval.ood:
+        name, _, config = entry.partition(":")
+        settings = plain(compose(configs, [f"dset={name}"]).dset) | shared | ({"config": config} if config else {})
+        if (settings["name"], settings.get("config")) == (own["name"], own.get("config")):
+            raise ValueError(f"eval.ood names {entry}, the data set of the run itself: leave it out")
+        found[entry.replace(":", "_")] = settings
+    return found
+
+
 def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that resumes it."""
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
@@ -83,8 +114,7 @@ def one_line(error: Exception, configs: Path) -> str:
         near = difflib.get_close_matches(name, known, cutoff=0.5)
     elif unknown := re.match(r"Could not override '(.+?)'\.", text):
         name = unknown[1]
-        with hydra.initialize_config_dir(str(configs), version_base="1.3"):
-            known = list(keys(plain(hydra.compose("train"), resolve=False)))
+        known = list(keys(plain(compose(configs, []), resolve=False)))
         near = difflib.get_close_matches(name, known, cutoff=0.75)
         text = f"unknown key {name}; see configs, or write +{name}=... to add it"
     else:

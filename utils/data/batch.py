@@ -49,6 +49,14 @@ class Batch:
         moved = {name: t.to(device, non_blocking=True) for name, t in self._tensors().items()}
         return Batch(ids=self.ids, keep=self.keep, **moved)
 
+    def rows(self, index: list[int]) -> "Batch":
+        """The examples with these indices, padded as they are."""
+        return Batch(
+            ids=tuple(self.ids[i] for i in index),
+            keep=self.keep,
+            **{name: t[index] for name, t in self._tensors().items()},
+        )
+
     def tile(self, n: int) -> "Batch":
         """n copies below one another, (n*N) rows: copy i is rows i*N to (i+1)*N - 1."""
         tiled = {name: t.repeat(n, *([1] * (t.dim() - 1))) for name, t in self._tensors().items()}

@@ -5,19 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from utils.run import open_atomic
-from utils.settings import plain
+from utils.settings import compose, plain
 
 LEFT_OUT = ("paths", "resume", "overwrite")
 """Keys that belong to a run, not to its setting."""
-
-
-def compose(configs: Path, overrides: list[str]) -> DictConfig:
-    """The configuration ``train_script.py`` runs with these overrides."""
-    with hydra.initialize_config_dir(str(configs), version_base="1.3"):
-        return hydra.compose("train", overrides)
 
 
 def experiment_of(configs: Path, overrides: list[str]) -> dict[str, Any]:

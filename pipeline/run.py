@@ -1,0 +1,119 @@
+"""A run and its preparation: everything is checked and loaded here, the cheapest first."""
+
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bnn.methods import Method
+from utils.checkpoint import load_checkpoint
+from utils.data.batch import Batch, choice_scores
+from utils.data.encode import Encoder, checked
+from utils.data.example import TaskData
+from utils.data.model_limits import position_limit
+from utils.data.task import load_task
+from utils.distributed import World, shard_frozen
+from utils.llm import fit_tokenizer, load_model, load_tokenizer, resolve_device, resolve_dtype
+from utils.run import NoLogger, RunLogger, check_disk
+from utils.seeding import seed_all
+from utils.settings import check, fingerprint, out_of_distribution, plain
+
+logger = logging.getLogger("train")
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WRITTEN = ("adapter", "checkpoint", "predictions_*.npz", "reliability.*", "curves.png")
+"""What overwrite=true removes from a run's folder; the rest is written over at once."""
+FREE_DISK_BYTES = 200 * 2**20
+"""What a run folder may need: adapter, checkpoint and predictions of the largest supported setting."""
+
+
+@dataclass
+class Run:
+    """What training and evaluation share, in each process."""
+
+    cfg: DictConfig
+    folder: Path
+    device: torch.device
+    world: World
+    method: Method
+    model: PeftModel
+    encoder: Encoder
+    data: TaskData
+    generator: torch.Generator
+    """Of posterior samples in training; seeded for every step."""
+    optimizer: torch.optim.Optimizer
+    log: RunLogger
+    resumed: dict[str, Any] | None
+    skipped: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def score(model: nn.Module, batch: Batch) -> Tensor:
+    """Unnormalised log-scores of the choices, (rows, C)."""
+    return choice_scores(model(**batch.model_inputs()).logits, batch)
+
+
+def prepare(cfg: DictConfig) -> Run:
+    """Check everything that can be checked cheaply, then load data, tokenizer and model, in this order."""
+    check(cfg)
+    world = World(resolve_device(cfg.device))
+    folder = Path(world.gather(cfg.paths.output_dir)[0])  # the main process's: its name may hold a time
+    if not world.main:
+        logging.getLogger().setLevel(logging.WARNING)
+    resumed = load_checkpoint(folder, fingerprint(cfg)) if cfg.resume else None
+    if cfg.resume and resumed is None:
+        raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
+    if world.main and (folder / "metrics.jsonl").exists() and not (cfg.resume or cfg.overwrite):
+        raise FileExistsError(f"{folder} already holds a run: set resume=true, overwrite=true or paths.output_dir")
+    check_disk(folder, FREE_DISK_BYTES)
+    seed_all(cfg.seed)
+    method: Method = instantiate(cfg.method.factory, _convert_="all")
+    with world.main_first():
+        data, encoder, model = load(cfg, world)
+    torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
+    try:
+        start = cfg.train.init_adapter
+        model = method.load(model, start) if start else method.adapt(model, plain(cfg.peft))
+    except TypeError as error:
+        raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
+    if cfg.train.fsdp:
+        shard_frozen(model, world)
+    groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
+    fused = world.device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps, fused=fused)
+    if world.main and cfg.overwrite:
+        for path in (path for pattern in WRITTEN for path in folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1) if world.main else NoLogger()
+    generator = torch.Generator(world.device)
+    return Run(cfg, folder, world.device, world, method, model, encoder, data, generator, optimizer, log, resumed)
+
+
+def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
+    """Data, encoder and base model; the data is checked against the tokenizer before weights are read."""
+    data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
+    for name, settings in out_of_distribution(cfg, CONFIGS).items():
+        other = load_task(settings, cfg.paths.data_dir, cfg.seed)
+        data.ood[name] = other.test
+        data.notes.append(f"ood {name}: {len(other.test)} test examples")
+    for note in data.notes:
+        logger.info("data: %s", note)
+    llm = {key: value for key, value in plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")}
+    llm["cache_dir"] = Path(cfg.paths.cache_dir)
+    source = {key: llm[key] for key in ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")}
+    tokenizer = load_tokenizer(tokenizer=cfg.llm.tokenizer, **source)
+    encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
+    data = checked(data, encoder, None)
+    dtype = resolve_dtype(cfg.dtype, world.device)
+    device = torch.device("cpu") if cfg.train.fsdp else world.device  # sharding moves one layer at a time
+    model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
+    fit_tokenizer(model, tokenizer)
+    return checked(data, encoder, position_limit(model)), encoder, model
