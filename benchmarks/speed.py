@@ -16,13 +16,13 @@ from typing import Any
 
 import hydra
 import torch
-from bnn.methods.blob import BLoB
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from benchmarks.figures import draw_speed
 from benchmarks.measure import environment, measure
 from bnn.methods.base import Method, trainable
+from bnn.methods.blob import BLoB
 from bnn.methods.sgp import SGP
 from utils.llm import load_model
 from utils.run import write_json_atomic
