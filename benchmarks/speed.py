@@ -73,7 +73,8 @@ def workloads(model: Any, method: Method, shrink: int, samples: int) -> dict[str
         batch, labels = ids(rows, tokens), torch.randint(model.config.vocab_size, (rows,), device=device)
 
         def step() -> None:
-            model.train()
+            if not model.training:
+                model.train()
             with method.sample(model, 1, generator) as live:
                 logits = model(input_ids=batch, logits_to_keep=1, use_cache=False).logits[:, -1].float()
                 (F.cross_entropy(logits, labels) + live.kl().to(device) / 1000).backward()
@@ -90,7 +91,7 @@ def workloads(model: Any, method: Method, shrink: int, samples: int) -> dict[str
         batch = ids(rows, length)
 
         def passes() -> None:
-            if model.training:  # else what a second pass reuses would be lost
+            if model.training:
                 model.eval()
             if draws == 1 or not method.stochastic:
                 for _ in range(draws):

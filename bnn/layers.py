@@ -152,7 +152,7 @@ class InducingFactor(nn.Module):
 
     def hold(self, W: Tensor | None) -> None:
         """Make ``W`` (S, d_out, d_in) or (d_out, d_in) the live draws, or None to go back to the posterior mean."""
-        self._sample, self._mean = W, None
+        self.__dict__.update(_sample=W, _mean=None)  # no tensor to register: Module's own way takes microseconds
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, which changes nothing in the computation, and forget the cached mean."""

@@ -47,7 +47,8 @@ def train(run: Run) -> int:
         examples = nth_batch(run.data.train, per_step, cfg.seed, epoch, step % steps_per_epoch)
         torch.manual_seed(stream_seed(cfg.seed, "dropout", step, run.world.rank))
         run.generator.manual_seed(stream_seed(cfg.seed, "posterior", step, run.world.rank))
-        model.train()
+        if not model.training:  # setting it walks through all modules
+            model.train()
         loss = accumulate(run, examples, beta)
         update(run, step, rate, loss, examples)
         seen += len(examples)
