@@ -45,13 +45,13 @@ RATES: dict[str, tuple[float, float, float]] = {
     "mle": (5e-4, 1e-3, 2e-3),
     "map": (5e-4, 1e-3, 2e-3),
     "mc_dropout": (5e-4, 1e-3, 2e-3),
-    "lora_plus": (1e-4, 2e-4, 4e-4),
+    "lora_plus": (1e-4, 2.5e-4, 5e-4),
     "adalora": (5e-4, 1e-3, 2e-3),
     "blob": (5e-4, 1e-3, 2e-3),
-    "scalabl": (1e-3, 3e-3, 9e-3),
+    "scalabl": (1e-3, 3e-3, 1e-2),
     "sgp": (5e-4, 1e-3, 2e-3),
 }
-"""Learning rates that are tried first, a constant factor apart."""
+"""Learning rates that are tried first; those beyond follow by the factor between the first two."""
 EXTENSIONS = 2
 """While the best rate is the lowest or the highest tried, one more beyond it is tried, so many times at most."""
 AS_MLE = ("ensemble",)
@@ -75,11 +75,11 @@ def tuning_job(task: str, method: str, rate: float, out: Path) -> Job:
     return Job(out / "tune" / task / method / f"{rate:g}", settings_of(task, method, rate, TUNING_SEED), False)
 
 
-def rates_to_try(method: str, found: dict[float, float]) -> list[float]:
-    """What to train next, given the validation NLL of the rates that were tried; nothing once the search has ended."""
+def rates_beyond(method: str, found: dict[float, float]) -> list[float]:
+    """What to train next, given the validation NLL of those of ``RATES`` and beyond that finished, if anything."""
     first = RATES[method]
     if not found:
-        return list(first)
+        return []
     factor, best = first[1] / first[0], min(found, key=found.__getitem__)
     beyond = {min(found): best / factor, max(found): best * factor}.get(best)
     return [float(f"{beyond:.3g}")] if beyond is not None and len(found) < len(first) + EXTENSIONS else []
@@ -88,10 +88,10 @@ def rates_to_try(method: str, found: dict[float, float]) -> list[float]:
 def tune(pool: Any, tasks: Sequence[str], out: Path, common: Sequence[str]) -> dict[str, dict[str, float]]:
     """The chosen learning rate of every method on every task; methods none of whose runs finished are left out."""
     found: dict[tuple[str, str], dict[float, float]] = {(task, method): {} for task in tasks for method in RATES}
-    for _ in range(1 + EXTENSIONS):
+    for extension in range(1 + EXTENSIONS):
         jobs = {}
         for (task, method), known in found.items():
-            for rate in rates_to_try(method, known):
+            for rate in rates_beyond(method, known) if extension else RATES[method]:
                 jobs[task, method, rate] = tuning_job(task, method, rate, out)
         run_all(pool, jobs.values(), common)
         for (task, method, rate), job in jobs.items():
