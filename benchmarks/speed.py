@@ -14,19 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
+from hydra.utils import instantiate
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from benchmarks.figures import draw_speed
 from benchmarks.measure import environment, measure
 from bnn.methods.base import Method, trainable
-from bnn.methods.blob import BLoB
-from bnn.methods.sgp import SGP
 from utils.llm import load_model
 from utils.run import write_json_atomic
-from utils.settings import plain
+from utils.settings import compose, plain
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BASELINE = "LoRA (float32)"
@@ -44,17 +42,19 @@ class PlainLora(Method):
         return get_peft_model(model, LoraConfig(**lora, **self.options), autocast_adapter_dtype=self.autocast)
 
 
-def variants(cfg: Any) -> dict[str, Callable[[], Method]]:
-    """What is compared, by label."""
-    posterior = plain(cfg.inducing)
-    blob = {k: v for k, v in plain(cfg.blob).items() if k != "_target_"}
+def variants(settings: Sequence[str]) -> dict[str, Callable[[], Method]]:
+    """What is compared, by label; methods of this project as the configuration makes them."""
+
+    def configured(*overrides: str) -> Callable[[], Method]:
+        return lambda: instantiate(compose(CONFIGS, [*settings, *overrides]).method.factory, _convert_="all")
+
     return {
         BASELINE: lambda: PlainLora(True),
         "LoRA (bfloat16)": lambda: PlainLora(False),
         "DoRA": lambda: PlainLora(True, use_dora=True),
-        "BLoB": lambda: BLoB(**blob),
-        "SGP-LoRA": lambda: SGP(5.0, True, True, posterior),
-        "SGP-LoRA, no CUDA graph": lambda: SGP(5.0, True, False, posterior),
+        "BLoB": configured("method=blob"),
+        "SGP-LoRA": configured("method=sgp"),
+        "SGP-LoRA, no CUDA graph": configured("method=sgp", "method.factory.cuda_graph=false"),
     }
 
 
@@ -113,11 +113,9 @@ def workloads(model: Any, method: Method, shrink: int, samples: int) -> dict[str
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything; returns the record that is written as JSON."""
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = hydra.compose("train", [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused"])
-        cfg_blob = hydra.compose("train", ["method=blob", "paths.output_dir=unused"]).method.factory
-    settings = {"inducing": cfg.inducing, "blob": cfg_blob}
+    """Measure everything; returns the record, which is written to ``<out>.json`` after each variant."""
+    settings = [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused"]
+    cfg = compose(CONFIGS, settings)
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
@@ -125,7 +123,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model: Any = load_model(dtype=dtype, device=device, quantization=None, **llm)
     lora = plain(cfg.peft) | {"target_modules": arguments.targets or list(cfg.peft.target_modules)}
     results: dict[str, dict[str, Any]] = {}
-    for label, make in variants(argparse.Namespace(**settings)).items():
+    record = {"command": vars(arguments), "environment": environment(device), "results": results}
+    out = Path(arguments.out)
+    for label, make in variants(settings).items():
+        if arguments.only and label not in (BASELINE, *arguments.only):
+            continue
         method = make()
         adapted = method.adapt(model, dict(lora))
         results[label] = {"parameters": sum(p.numel() for _, p in trainable(adapted))}
@@ -138,25 +140,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {"command": vars(arguments), "environment": environment(device), "results": results}
+        write_json_atomic(out.with_name(f"{out.name}.json"), record)  # a long benchmark may be cut short
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, measure, write ``<out>.json`` and ``<out>.png``."""
+    """Parse, measure, draw ``<out>.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", default="llama2_7b", help="a name in configs/llm")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--targets", nargs="*", help="adapted modules; those of the model's configuration if absent")
+    parser.add_argument("--only", nargs="*", help="labels of the variants to measure; all if absent")
     parser.add_argument("--samples", type=int, default=10, help="posterior samples of a prediction")
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--shrink", type=int, default=1, help="divide the sequence lengths 128 and 256 by this")
     parser.add_argument("--out", default="outputs/speed", help="where to write, without suffix")
     record = run(parser.parse_args(argv))
     out = Path(record["command"]["out"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out.with_suffix(".json"), record)
-    draw_speed(record, BASELINE, out.with_suffix(".png"))
+    draw_speed(record, BASELINE, out.with_name(f"{out.name}.png"))
 
 
 if __name__ == "__main__":

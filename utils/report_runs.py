@@ -17,7 +17,7 @@ from utils.run import METRICS_FILE, RELIABILITY_FILE, read_metrics
 
 VARIED = ("method.factory", "peft", "opt", "train", "quantization")
 """Groups of the configuration whose differing keys make a variant."""
-NOT_VARIED = ("log_every", "checkpoint_every", "target_modules", "_target_")
+NOT_VARIED = ("log_every", "checkpoint_every", "target_modules", "_target_", "init_seed")
 PATHS = ("init_adapter",)
 """Keys of which only whether they are set tells variants apart."""
 
