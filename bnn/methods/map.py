@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from bnn.methods.mle import MLE
@@ -31,11 +32,17 @@ class MAP(MLE):
         """A and B at ``lr`` with the method's own decay.
 
         Raises:
-            ValueError: for an optimiser's weight decay, which would be a second prior.
+            ValueError: for an optimiser's weight decay, which would be a second prior, and for a decay that is lost in
+                rounding: 1 - lr * weight_decay = 1 in float32.
         """
         if weight_decay:
             raise ValueError(
                 f"method=map has its own weight_decay={self.weight_decay}: opt.weight_decay={weight_decay} would be "
                 "a second prior, set it to 0"
+            )
+        if lr * self.weight_decay < torch.finfo(torch.float32).eps:
+            raise ValueError(
+                f"method=map: weight_decay={self.weight_decay} times opt.lr={lr} is lost in float32's rounding, which "
+                "would be method=mle: raise weight_decay"
             )
         return super().parameter_groups(model, lr, self.weight_decay)

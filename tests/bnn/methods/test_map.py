@@ -78,3 +78,11 @@ def test_a_second_decay_is_refused(make_llama):
 def test_no_decay_is_refused(decay):
     with pytest.raises(ValueError, match=rf"weight_decay > 0, got {decay}: use method=mle"):
         MAP(decay)
+
+
+def test_a_decay_that_rounding_would_swallow_is_refused(make_llama):
+    theta = torch.tensor(1.0)
+    assert theta * (1 - 1e-4 * 1e-5) == theta
+    with pytest.raises(ValueError, match="lost in float32's rounding"):
+        MAP(1e-5).parameter_groups(adapted(make_llama), lr=1e-4, weight_decay=0.0)
+    MAP(1e-2).parameter_groups(adapted(make_llama), lr=1e-4, weight_decay=0.0)
