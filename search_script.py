@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from typing import Any
 import hydra
 import optuna
 import torch
-import transformers
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial
 
@@ -32,7 +29,7 @@ from bnn.metrics import evaluate_predictions
 from pipeline import evaluation
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
-from train_script import DEBUG, USER_ERRORS
+from train_script import DEBUG, USER_ERRORS, launch
 from utils.search.analysis import hypervolume_curves, importances
 from utils.search.experiment import flat, write_experiment
 from utils.search.figures import plot_search
@@ -181,20 +178,6 @@ def main(cfg: DictConfig) -> None:
         sys.exit(one_line(error, CONFIGS))
 
 
-def launch() -> None:
-    """``main``, with mistakes on the command line reported in one line too."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
-    try:
-        main()
-    except HydraException as error:
-        if DEBUG:
-            raise
-        sys.exit(one_line(error, CONFIGS))
-
-
 if __name__ == "__main__":
-    launch()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    launch(main)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ def main(cfg: DictConfig) -> None:
         sys.exit(one_line(error, CONFIGS))
 
 
-def launch() -> None:
-    """``main``, with mistakes on the command line reported in one line too."""
+def launch(application: Callable[[], None]) -> None:
+    """Start a Hydra application, with mistakes on the command line reported in one line too."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
-        main()
+        application()
     except HydraException as error:
         if DEBUG:
             raise
@@ -84,4 +85,4 @@ def launch() -> None:
 
 
 if __name__ == "__main__":
-    launch()
+    launch(main)

@@ -62,7 +62,7 @@ def failure(arguments: list[str]) -> str:
         patch.setenv("HYDRA_MAIN_MODULE", "__main__")
         patch.setattr(ss, "DEBUG", False)
         with pytest.raises(SystemExit) as stop:
-            ss.launch()
+            ss.launch(ss.main)
     assert re.fullmatch("error: .*", stop.value.code), "one line"
     return stop.value.code
 

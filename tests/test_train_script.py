@@ -95,7 +95,7 @@ def failure(arguments: list[str]) -> str:
         patch.setattr(ts, "DEBUG", False)
         patch.setenv("HYDRA_MAIN_MODULE", "__main__")
         with pytest.raises(SystemExit) as stop:
-            ts.launch()
+            ts.launch(ts.main)
     assert isinstance(stop.value.code, str), "a text makes Python exit with code 1"
     return stop.value.code
 
@@ -562,7 +562,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, overrides):
 def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     log = tmp_path / "log"
     assert start(overrides("train.epoch=3"), log).wait(60) == 1
-    assert log.read_text().splitlines() == [failure(overrides("train.epoch=3"))]
+    assert log.read_text().splitlines()[-1] == failure(overrides("train.epoch=3"))
 
 
 # Out of distribution
