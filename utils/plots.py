@@ -72,12 +72,12 @@ def plot_curves(run_dir: str | Path) -> Path:
             for ax, key in zip(axes, keys, strict=True):
                 for index, (label, points) in enumerate(series.items()):
                     steps, values = [p["step"] for p in points], [_number(p[key]) for p in points]
-                    ax.plot(steps, values, label=label, **_look(index, len(points)))
+                    ax.plot(steps, values, label=label, **line_look(index, len(points)))
                 ax.set_title(f"{name} {TITLES[key]}")
                 _step_axis(ax)
             if len(series) > 1:
                 axes[0].legend()
-        return _save(figure, Path(run_dir) / "curves.png")
+        return save_figure(figure, Path(run_dir) / "curves.png")
 
 
 def plot_reliability(run_dir: str | Path) -> Path:
@@ -94,7 +94,7 @@ def plot_reliability(run_dir: str | Path) -> Path:
         figure = Figure(figsize=(4.2 * len(diagrams), 5.2), layout="constrained")
         grid = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, height_ratios=(3, 1))
         for column, (label, bins) in enumerate(diagrams.items()):
-            _reliability_panel(grid[0, column], bins, f"{label}: ECE = {bins['ece']:.4f}")
+            reliability_panel(grid[0, column], bins, f"{label}: ECE = {bins['ece']:.4f}")
             edges = np.asarray(bins["edges"])
             grid[1, column].bar(edges[:-1], bins["count"], np.diff(edges), align="edge", color="0.55", ec="white")
             grid[1, column].set_xlabel("Confidence")
@@ -103,7 +103,7 @@ def plot_reliability(run_dir: str | Path) -> Path:
         grid[1, 0].set_ylabel("Examples")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if len(diagrams) > 1 else 2)
-        return _save(figure, Path(run_dir) / "reliability.png")
+        return save_figure(figure, Path(run_dir) / "reliability.png")
 
 
 def plot_learning_comparison(runs: Runs, path: str | Path) -> Path:
@@ -143,10 +143,10 @@ def plot_learning_comparison(runs: Runs, path: str | Path) -> Path:
             samples = sorted({str(series[label]["mc"]) for series in rows.values() if label in series})
             spread = f", mean ± 1 sd of {len(dirs)} runs" if len(dirs) > 1 else ""
             text = f"{label} (MC={'/'.join(samples)}{spread})"
-            handles.append(Line2D([], [], label=text, **_look(index)))
+            handles.append(Line2D([], [], label=text, **line_look(index)))
         columns = 2 if max(len(str(handle.get_label())) for handle in handles) < 50 else 1
         figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,7 +203,7 @@ def _summary(label: str, split: str, runs_of: Sequence[Sequence[Record]]) -> dic
 def _draw_lines(ax: Axes, series: Mapping[str, dict[str, Any]], key: str, labels: Sequence[str]) -> None:
     for label, summary in series.items():
         index, steps, (mean, sd) = labels.index(label), summary["step"], summary[key]
-        look = _look(index, len(steps))
+        look = line_look(index, len(steps))
         ax.plot(steps, mean, **look)
         ax.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.2, linewidth=0)
     _step_axis(ax)
@@ -212,13 +212,14 @@ def _draw_lines(ax: Axes, series: Mapping[str, dict[str, Any]], key: str, labels
 def _draw_points(ax: Axes, series: Mapping[str, dict[str, Any]], key: str, labels: Sequence[str]) -> None:
     for position, (label, summary) in enumerate(series.items()):
         index, (mean, sd) = labels.index(label), summary[key]
-        ax.errorbar(position, mean[0], sd[0] or None, capsize=4, **_look(index))
+        ax.errorbar(position, mean[0], sd[0] or None, capsize=4, **line_look(index))
     ax.set_xticks(range(len(series)), [str(s["step"][0]) for s in series.values()])
     ax.set_xlabel("Step")
     ax.set_xlim(-0.6, len(series) - 0.4)
 
 
-def _reliability_panel(ax: Axes, bins: Record, title: str) -> None:
+def reliability_panel(ax: Axes, bins: Record, title: str) -> None:
+    """Accuracy of every confidence bin as a bar, and its distance from the mean confidence."""
     edges, filled = np.asarray(bins["edges"]), np.asarray(bins["count"]) > 0
     left, width = edges[:-1][filled], np.diff(edges)[filled]
     confidence, accuracy = (np.asarray(bins[key])[filled] for key in ("confidence", "accuracy"))
@@ -236,7 +237,7 @@ def _by_mc(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {f"MC={mc}": [r for r in records if r["mc"] == mc] for mc in found}
 
 
-def _look(index: int, points: int = 1) -> dict[str, Any]:
+def line_look(index: int, points: int = 1) -> dict[str, Any]:
     """Colour and marker of the series `index`; a line of many points has no markers."""
     cycle, place = divmod(index, len(COLOURS))
     marker = MARKERS[(place + cycle) % len(MARKERS)]
@@ -253,7 +254,8 @@ def _step_axis(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all; returns where."""
     with open_atomic(path) as file:
         figure.savefig(file, format="png")
     return path

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from utils.plots import STYLE, TITLES, _look, _reliability_panel, _save
+from utils.plots import STYLE, TITLES, line_look, reliability_panel, save_figure
 from utils.report_scores import Prediction, ece, example_losses, reliability, running_log_probs
 from utils.report_tables import Column, values
 
@@ -35,7 +35,7 @@ def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: 
         for ax, (name, of_seeds) in zip(panels, predictions.items(), strict=True):
             error = fmean(ece(p.log_probs, p.answer) for p in of_seeds.values())
             bins = {key: value.tolist() for key, value in reliability(list(of_seeds.values())).items()}
-            _reliability_panel(ax, bins, f"{_wrap(name)}\nECE = {error:.4f}")
+            reliability_panel(ax, bins, f"{_wrap(name)}\nECE = {error:.4f}")
             ax.set(xlabel="Confidence", ylabel="Accuracy")
             ax.label_outer()
         for ax in panels[-PER_ROW:]:  # what is lowest in its column, also above an empty place
@@ -43,7 +43,7 @@ def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: 
             ax.tick_params(labelbottom=True)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(panels) + 1))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Path:
@@ -58,12 +58,14 @@ def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Pa
                     bars: dict[str, Any] = {
                         f"{a}err": stdev(v) if len(v) > 1 else None for a, v in (("x", x), ("y", y))
                     }
-                    ax.errorbar(fmean(x), fmean(y), capsize=3, lw=1.2, linestyle="", **bars, **_look(names.index(name)))
+                    ax.errorbar(
+                        fmean(x), fmean(y), capsize=3, lw=1.2, linestyle="", **bars, **line_look(names.index(name))
+                    )
             ax.set(title=title, xlabel=TITLES["ece"], ylabel=TITLES["acc"])
             ax.xaxis.set_major_locator(MaxNLocator(5))
-        looks = [Line2D([], [], linestyle="", label=name, **_look(index)) for index, name in enumerate(names)]
+        looks = [Line2D([], [], linestyle="", label=name, **line_look(index)) for index, name in enumerate(names)]
         figure.legend(handles=looks, loc="outside lower center", ncols=min(len(names), 2 * min(PER_ROW, len(panels))))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def sample_curve(logits: np.ndarray, answer: np.ndarray) -> SampleCurve:
@@ -85,7 +87,7 @@ def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Pat
             for ax, place in zip(panels, (1, 2), strict=True):
                 found = np.array([[curve[place][curve[0].index(count)] for count in counts] for curve in of_seeds])
                 mean, sd = found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else 0.0
-                look = _look(index)
+                look = line_look(index)
                 ax.plot(counts, mean, label=name, **look)
                 ax.fill_between(counts, mean - sd, mean + sd, color=look["color"], alpha=0.2, linewidth=0)
         shown = [tick for tick in sorted(ticks) if tick & (tick - 1) == 0]
@@ -95,7 +97,7 @@ def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Pat
             ax.set(title=TITLES[key], xlabel="Samples S")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _grid(count: int, width: float, height: float, share: str = "none") -> tuple[Figure, list[Axes]]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 
 import numpy as np
@@ -41,14 +40,3 @@ def make_generator(seed: int, *stream: str | int, device: str | torch.device = "
         device: Where the generator draws.
     """
     return torch.Generator(device).manual_seed(stream_seed(seed, *stream))
-
-
-def deterministic() -> None:
-    """Let torch use only deterministic algorithms, for runs that must repeat bit for bit on one device.
-
-    Call before the first CUDA operation: cuBLAS reads its workspace setting once. An operation that has no
-    deterministic variant raises RuntimeError.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)

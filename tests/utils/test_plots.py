@@ -35,8 +35,8 @@ def write_run(run_dir: Path, offset: float = 0.0, mcs: tuple = ("mean", 10), las
 def figures(monkeypatch) -> list[Figure]:
     """The figures drawn, in order."""
     drawn: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
     return drawn
 
 

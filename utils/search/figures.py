@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils.plots import COLOURS, MARKERS, STYLE, TITLES
-from utils.run import open_atomic
+from utils.plots import COLOURS, MARKERS, STYLE, TITLES, save_figure
 from utils.search.results import Tests, mean_sd
 from utils.search.selection import SIGNS, Point, costs, pareto_mask
 
@@ -83,7 +82,7 @@ def plot_trade_off(
             xlabel=NAMES[x], ylabel=NAMES[y], title=f"{NAMES[y].split()[0]} against {NAMES[x].split()[0]}, validation"
         )
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _shade(ax: Axes, points: Sequence[Point], x: str, y: str) -> None:
@@ -112,7 +111,7 @@ def plot_hypervolume(path: Path, curves: Mapping[str, Sequence[float]], objectiv
         names = ", ".join(name.upper() for name in objectives)
         ax.set(xlabel="Trials", ylabel="Hypervolume", title=f"Dominated hypervolume ({names})")
         ax.legend()
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_importance(path: Path, importance: Mapping[str, Mapping[str, float]]) -> Path:
@@ -130,10 +129,4 @@ def plot_importance(path: Path, importance: Mapping[str, Mapping[str, float]]) -
         ax.set(xlabel="Share of importance (PED-ANOVA)", xlim=(0, None))
         ax.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=len(importance))
-        return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    with open_atomic(path) as file:
-        figure.savefig(file, format="png")
-    return path
+        return save_figure(figure, path)

@@ -30,8 +30,8 @@ TESTS = {
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
     found: list[Figure] = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure) or save(figure, path))
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: found.append(figure) or save(figure, path))
     return found
 
 
