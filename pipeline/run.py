@@ -1,5 +1,6 @@
 """A run and its preparation: everything is checked and loaded here, the cheapest first."""
 
+import inspect
 import logging
 import shutil
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from utils.data.example import TaskData
 from utils.data.model_limits import position_limit
 from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
-from utils.llm import fit_tokenizer, load_model, load_tokenizer, resolve_device, resolve_dtype
+from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from utils.llm.memory import MemoryPlan, Shape, plan_memory
 from utils.run import NoLogger, RunLogger, check_disk
 from utils.seeding import seed_all
 from utils.settings import check, fingerprint, out_of_distribution, plain
@@ -113,7 +115,33 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
     encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
     data = checked(data, encoder, None)
     dtype = resolve_dtype(cfg.dtype, world.device)
+    memory = plan(cfg, world, data, encoder, dtype, llm)
+    logger.info("%s", memory)
+    memory.check()
     device = torch.device("cpu") if cfg.train.fsdp else world.device  # sharding moves one layer at a time
     model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
     fit_tokenizer(model, tokenizer)
     return checked(data, encoder, position_limit(model)), encoder, model
+
+
+def plan(
+    cfg: DictConfig, world: World, data: TaskData, encoder: Encoder, dtype: torch.dtype, llm: dict[str, Any]
+) -> MemoryPlan:
+    """The memory that the longest training batch will need."""
+    longest = sorted(data.train or data.test, key=encoder.length)[-cfg.train.batch_size :]
+    batch = encoder.collate(longest)
+    rows = -(-len(longest) // world.size) * cfg.train.n_mc
+    sizes = (cfg.inducing.inducing_rows, cfg.inducing.inducing_cols) if cfg.method.name == "sgp" else ()
+    keys = inspect.signature(load_config).parameters
+    return plan_memory(
+        load_config(**{key: value for key, value in llm.items() if key in keys})[0],
+        Shape(rows, batch.input_ids.shape[1], batch.keep),
+        dtype=dtype,
+        device=world.device,
+        quantization=plain(cfg.quantization),
+        targets=plain(cfg.peft)["target_modules"],
+        rank=max((cfg.peft.r, *sizes)),
+        checkpointing=cfg.llm.gradient_checkpointing,
+        eval_tokens=cfg.eval.max_tokens_per_forward,
+        shards=world.size if cfg.train.fsdp else 1,
+    )

@@ -2,6 +2,14 @@
 
 from utils.llm.device import resolve_device, resolve_dtype
 from utils.llm.errors import LLMLoadError
-from utils.llm.loader import fit_tokenizer, load_model, load_tokenizer
+from utils.llm.loader import fit_tokenizer, load_config, load_model, load_tokenizer
 
-__all__ = ["LLMLoadError", "fit_tokenizer", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "LLMLoadError",
+    "fit_tokenizer",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.llm.architecture import build_config, override_config
 from utils.llm.build import pretrained_model, random_model
@@ -16,6 +16,28 @@ from utils.llm.pypi import PyPIWeights
 from utils.llm.sources import Source, find_source
 
 logger = logging.getLogger(__name__)
+
+
+def load_config(
+    name_or_path: str,
+    *,
+    cache_dir: Path,
+    random_init: bool = False,
+    architecture: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    pypi: Mapping[str, Any] | None = None,
+    gguf_dir: str | None = None,
+) -> tuple[PreTrainedConfig, Source | None]:
+    """A model's configuration, and where its weights are; None for random weights of the given architecture.
+
+    Arguments and errors are those of `load_model`.
+    """
+    if random_init and architecture is not None:
+        return build_config(architecture, config_overrides or {}), None
+    source = _source(name_or_path, cache_dir, revision, pypi, gguf_dir)
+    config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+    return override_config(config, config_overrides or {}), source
 
 
 def load_model(
@@ -58,13 +80,16 @@ def load_model(
     """
     if random_init and quantization:
         raise LLMLoadError("random weights cannot be quantised on the fly: use quantization=none or random_init=false")
-    source = None
-    if random_init and architecture is not None:
-        config = build_config(architecture, config_overrides or {})
-    else:
-        source = _source(name_or_path, cache_dir, revision, pypi, gguf_dir)
-        config = AutoConfig.from_pretrained(source.location, revision=source.revision)
-        config = override_config(config, config_overrides or {})
+    config, source = load_config(
+        name_or_path,
+        cache_dir=cache_dir,
+        random_init=random_init,
+        architecture=architecture,
+        config_overrides=config_overrides,
+        revision=revision,
+        pypi=pypi,
+        gguf_dir=gguf_dir,
+    )
     if source is None or random_init:
         logger.info("%s: random weights (seed %d)", name_or_path, random_init_seed)
         model = random_model(config, random_init_seed, dtype, device, attn_implementation)
