@@ -592,6 +592,7 @@ def test_other_data_sets_are_evaluated_as_out_of_distribution(tmp_path, override
     ("arguments", "message"),
     [
         (("eval.ood=[qiuz]",), "dset=qiuz: no such file in configs/dset; did you mean quiz"),
+        (("eval.ood=quiz",), "eval.ood=quiz: expected a list such as [arc_e,arc_c]"),
         (("eval.ood=[jsonl]",), "eval.ood names jsonl, the data set of the run itself"),
     ],
 )

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from utils.data.example import near_matches
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
-NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every")
+NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp")
 """Keys that may change when a run is resumed."""
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
@@ -62,8 +62,9 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("eval.keep=best chooses among evaluations, but eval.every=none makes none: set one of them")
     if cfg.eval.keep == "best" and cfg.eval.split == "test":
         raise ValueError("eval.keep=best with eval.split=test would choose on test data: set eval.split=validation")
-    if not isinstance(cfg.peft.target_modules, ListConfig):
-        raise ValueError(f"peft.target_modules={cfg.peft.target_modules}: expected a list such as [q_proj,v_proj]")
+    for key, example in {"peft.target_modules": "[q_proj,v_proj]", "eval.ood": "[arc_e,arc_c]"}.items():
+        if not isinstance(value := OmegaConf.select(cfg, key), ListConfig):
+            raise ValueError(f"{key}={value}: expected a list such as {example}")
     if cfg.resume and cfg.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
 
