@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bnn.inducing.posterior import FactorSpec, log_of_scaled_prior_sd
 from bnn.layers import InducingFactor
+from bnn.merging import rounding_reported
 
 
 class SGPLoraType(StrEnum):
@@ -138,13 +139,19 @@ class SGPLoraModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Merge the posterior mean. Raises ValueError inside ``bnn.sample``."""
+        """Merge the posterior mean; quantised layers round it and a warning says how much. Not in ``bnn.sample``.
+
+        Raises:
+            ValueError: while samples are live.
+        """
         self._refuse_live_sample("merging, which merges the mean")
-        super().merge_adapter(*args, **kwargs)
+        with rounding_reported(self.model):
+            super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._refuse_live_sample("merging, which merges the mean")
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        with rounding_reported(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not defined for posteriors: merge plain LoRA adapters instead."""

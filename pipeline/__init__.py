@@ -3,3 +3,9 @@
 Each imports the one before in the order run <- evaluation <- training; all join ``bnn`` (the method) with ``utils``
 (data, models, run folders, processes). The entry points ``train_script.py`` and ``search_script.py`` stand on these.
 """
+
+import logging
+
+# Where it is installed, bitsandbytes warns at its import of a kernel it can do without, and again at every matrix
+# product in 8 bits.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

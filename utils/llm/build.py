@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from utils.llm.quantization import quantization_config
+from utils.llm.quantization import keep_differentiable, quantization_config
 from utils.llm.sources import Source
 
 
@@ -25,7 +25,7 @@ def pretrained_model(
         LLMLoadError: Quantisation is asked for and bitsandbytes is missing.
     """
     extra = {"quantization_config": quantization_config(quantization)} if quantization else {}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         source.location,
         revision=source.revision,
         config=config,
@@ -34,6 +34,8 @@ def pretrained_model(
         attn_implementation=attn_implementation,
         **extra,
     )
+    keep_differentiable(model)
+    return model
 
 
 def random_model(

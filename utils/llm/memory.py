@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from utils.llm.errors import LLMLoadError
 
@@ -102,7 +103,7 @@ def plan_memory(
     training = tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
     training += scored * text.vocab_size * (dtype.itemsize + 8)
     evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * (dtype.itemsize + 4)
-    adapter = STATE_BYTES * rank * sum(m.in_features + m.out_features for m in adapted(model, targets))
+    adapter = STATE_BYTES * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))
     return MemoryPlan(
         model=weight_bytes(model, quantization) // shards,
         adapter=adapter,
@@ -111,9 +112,9 @@ def plan_memory(
     )
 
 
-def adapted(model: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:
+def adapted(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
     """The linear layers whose names end in one of ``targets``."""
-    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
     return [m for name, m in linear if name.rsplit(".", 1)[-1] in targets or name in targets]
 
 
@@ -126,7 +127,7 @@ def weight_bytes(model: nn.Module, quantization: Mapping[str, Any] | None) -> in
     skipped = options.get("llm_int8_skip_modules") or ()
     quantised = set()
     for name, module in model.named_modules():
-        if bits and isinstance(module, nn.Linear) and not any(part in skipped for part in name.split(".")):
+        if bits and isinstance(module, nn.Linear | Conv1D) and not any(part in skipped for part in name.split(".")):
             quantised.add(module.weight)
     total = 0.0
     for p in model.parameters():

@@ -1,0 +1,45 @@
+"""Sweeps (``-m``): every job trains in a folder of its own, also where several run at once."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from utils.run import read_metrics
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_script.py"
+FILES = {"config.yaml", "environment.json", "metrics.jsonl", "adapter", "checkpoint", "curves.png", "reliability.png"}
+FILES |= {"reliability.json", "predictions_test_mc3.npz", "predictions_test_mcmean.npz", ".hydra"}
+needs_joblib = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+    reason="needs hydra-joblib-launcher: pip install hydra-joblib-launcher",
+)
+
+
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=needs_joblib)])
+def test_jobs_that_differ_in_no_name_get_their_own_folders(launcher, tmp_path, overrides):
+    """The same data, method and seed: only the job's number tells the folders apart. Dates are those of the sweep."""
+    parallel = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    common = [o for o in overrides("train.max_steps=2") if not o.startswith(("paths.output_dir", "opt.lr"))]
+    command = [sys.executable, str(SCRIPT), "-m", *common, "opt.lr=0.01,0.02", f"hydra/launcher={launcher}", *parallel]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (sweep,) = (tmp_path / "outputs").iterdir()
+    assert sweep.name.endswith("_sweep")
+    assert not (tmp_path / "multirun").exists()
+    folders = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [folder.name for folder in folders] == ["0_jsonl_sgp_seed0", "1_jsonl_sgp_seed0"]
+    for folder, lr in zip(folders, (0.01, 0.02), strict=True):
+        assert {path.name for path in folder.iterdir()} >= FILES
+        cfg = OmegaConf.load(folder / "config.yaml")
+        assert (cfg.paths.output_dir, cfg.opt.lr) == (str(folder), lr)
+        records = read_metrics(folder)
+        assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2]
+        assert {record["mc"] for record in records if record["kind"] == "final"} == {"zero_shot", 3, "mean"}
+    assert done.stdout.count("run folder:") == 2
