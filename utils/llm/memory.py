@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +18,8 @@ BITS = {"load_in_4bit": 4.5, "load_in_8bit": 8.0}
 DOUBLE_QUANT_BITS = 4.127
 STATE_BYTES = 16
 """Of a trained number: value, gradient and AdamW's two moments in float32."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may use."""
 UNCERTAIN = 0.25
 """Part of the estimated activations that may turn out not to be needed: a run is refused only beyond it."""
 
@@ -143,8 +146,13 @@ def intermediate_size(config: PreTrainedConfig) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
+    """Memory that is free on a device; on a CPU at most what the container may still take."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:  # no control group of version 2
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline import run as runs
-from utils.llm import LLMLoadError, load_config
+from utils.llm import LLMLoadError, load_config, memory
 from utils.llm.memory import STATE_BYTES, MemoryPlan, Shape, plan_memory, weight_bytes
 from utils.settings import compose, plain
 
@@ -110,3 +110,14 @@ def test_a_run_that_cannot_fit_ends_before_weights_are_read(tmp_path, overrides:
     with pytest.raises(LLMLoadError, match=r"memory: model .* of 0.00 GB .* that cannot fit"):
         runs.prepare(cfg)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_container_may_have_less_than_its_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.available_bytes(CPU)
+    assert free > 10**8, "no limit where there are no files"
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_bytes(CPU) == pytest.approx(free, rel=0.2)
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.available_bytes(CPU) == 700
