@@ -152,7 +152,11 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     free = psutil.virtual_memory().available
     try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, used, stat = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
     except OSError:  # no control group of version 2
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    if limit == "max":
+        return free
+    counted = dict(line.split() for line in stat.splitlines())
+    cache = int(counted["active_file"]) + int(counted["inactive_file"])  # given up when memory is needed
+    return min(free, int(limit) - int(used) + cache)
