@@ -35,23 +35,29 @@ TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 TASKS = {
     "sst2_100": ("dset=sst2", "dset.train_subset=100", "train.epochs=15"),
-    "sst2_500": ("dset=sst2", "dset.train_subset=500", "train.epochs=5"),
+    "sst2_500": ("dset=sst2", "dset.train_subset=500", "train.epochs=5", "eval.ood=[cola]"),
     "sst2_2000": ("dset=sst2", "dset.train_subset=2000", "train.epochs=3"),
     "cola_500": ("dset=cola", "dset.train_subset=500", "train.epochs=5"),
+    "cola": ("dset=cola", "train.epochs=1"),
     "arc_e_500": ("dset=arc_e", "dset.train_subset=500", "train.epochs=5"),
-    "obqa_500": ("dset=obqa", "dset.train_subset=500", "train.epochs=5"),
+    "obqa_500": (
+        "dset=obqa",
+        "dset.train_subset=500",
+        "train.epochs=5",
+        "eval.ood=[arc_e,arc_c,mmlu:college_chemistry]",
+    ),
     "wg_s": ("dset=wg_s", "train.epochs=5"),
     "wg_m_500": ("dset=wg_m", "dset.train_subset=500", "train.epochs=5"),
 }
 RATES: dict[str, tuple[float, float, float]] = {
-    "mle": (5e-4, 1e-3, 2e-3),
-    "map": (5e-4, 1e-3, 2e-3),
-    "mc_dropout": (5e-4, 1e-3, 2e-3),
-    "lora_plus": (1e-4, 2.5e-4, 5e-4),
-    "adalora": (5e-4, 1e-3, 2e-3),
-    "blob": (5e-4, 1e-3, 2e-3),
-    "scalabl": (1e-3, 3e-3, 1e-2),
-    "sgp": (5e-4, 1e-3, 2e-3),
+    "mle": (2e-4, 6e-4, 1.8e-3),
+    "map": (2e-4, 6e-4, 1.8e-3),
+    "mc_dropout": (2e-4, 6e-4, 1.8e-3),
+    "lora_plus": (5e-5, 1.5e-4, 4.5e-4),
+    "adalora": (6e-4, 1.8e-3, 5.4e-3),
+    "blob": (6e-4, 1.8e-3, 5.4e-3),
+    "scalabl": (6e-4, 1.8e-3, 5.4e-3),
+    "sgp": (2e-4, 6e-4, 1.8e-3),
 }
 """Learning rates that are tried first; those beyond follow by the factor between the first two."""
 EXTENSIONS = 2
@@ -64,7 +70,7 @@ RULES = {
 AS_MLE = ("ensemble",)
 """Methods trained at the learning rate chosen for ``mle``, whose members they are."""
 POST_HOC = ("temperature", "laplace", "laplace_last", "tfb")
-COMMON = ("eval.every=none", "eval.n_mc=10", "eval.batch_size=64")
+COMMON = ("train.batch_size=16", "eval.every=none", "eval.n_mc=10", "eval.batch_size=64")
 TUNED = "tuned.json"
 
 

@@ -10,6 +10,9 @@ import peft
 import torch
 import transformers
 
+FEWEST = 8
+"""Repetitions that every call gets."""
+
 
 class Measurement(NamedTuple):
     """Wall-clock time of one call, over many."""
@@ -22,24 +25,31 @@ class Measurement(NamedTuple):
     """Peak of the allocator during the calls; None where it does not count (CPU)."""
 
 
-def measure(call: Callable[[], Any], device: torch.device, warmup: int, repeats: int) -> Measurement:
-    """Time ``call``, the device idle before and after each repetition."""
+def measure(
+    call: Callable[[], Any], device: torch.device, warmup: int, repeats: int, seconds: float = float("inf")
+) -> Measurement:
+    """Time ``call``, the device idle before and after each repetition.
+
+    Slow calls are repeated ``FEWEST`` times at least, and then no more once ``seconds`` have passed.
+    """
     on_gpu = device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     for _ in range(warmup):
         call()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
+        if len(times) >= FEWEST and sum(times) > 1e3 * seconds:
+            break
         synchronize()
         start = time.perf_counter()
         call()
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    low, _, high = statistics.quantiles(times, n=4) if repeats > 1 else (times[0],) * 3
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    return Measurement(statistics.median(times), high - low, repeats, peak)
+    return Measurement(statistics.median(times), high - low, len(times), peak)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

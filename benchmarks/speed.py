@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         adapted = method.adapt(model, dict(lora))
         results[label] = {"parameters": sum(p.numel() for _, p in trainable(adapted))}
         for workload, call in workloads(adapted, method, arguments.shrink, arguments.samples).items():
-            found = measure(call, device, arguments.warmup, arguments.repeats)
+            found = measure(call, device, arguments.warmup, arguments.repeats, arguments.seconds)
             results[label][workload] = found._asdict()
             print(f"{label:28s} {workload:22s} {found.median_ms:9.2f} ms (IQR {found.iqr_ms:.2f})", flush=True)
         model = adapted.unload()
@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="labels of the variants to measure; all if absent")
     parser.add_argument("--samples", type=int, default=10, help="posterior samples of a prediction")
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=4.0, help="per workload; slow ones are repeated less often")
     parser.add_argument("--shrink", type=int, default=1, help="divide the sequence lengths 128 and 256 by this")
     parser.add_argument("--out", default="outputs/speed", help="where to write, without suffix")
     record = run(parser.parse_args(argv))

@@ -1,6 +1,7 @@
 """The comparison's search, its selections, and the whole of it on a random model."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,18 +13,21 @@ from benchmarks.comparison import RATES, choose, compare, pick, rates_beyond
 
 def tuned(**by_rate: tuple[float, float]) -> dict[float, dict[str, float]]:
     """{"r1e-3": (nll, acc)} as metrics by rate."""
-    return {float(name[1:].replace("_", "-")): {"nll": nll, "acc": acc} for name, (nll, acc) in by_rate.items()}
+    return {
+        float(re.sub("_(?=[0-9]+e)", ".", name[1:]).replace("_", "-")): {"nll": nll, "acc": acc}
+        for name, (nll, acc) in by_rate.items()
+    }
 
 
 def test_the_search_goes_on_beyond_the_best_at_an_end():
-    assert RATES["mle"] == (5e-4, 1e-3, 2e-3)
-    inside = tuned(r5e_4=(0.5, 0.8), r1e_3=(0.4, 0.9), r2e_3=(0.6, 0.7))
+    assert RATES["mle"] == (2e-4, 6e-4, 1.8e-3)
+    inside = tuned(r2e_4=(0.5, 0.8), r6e_4=(0.4, 0.9), r1_8e_3=(0.6, 0.7))
     assert rates_beyond("mle", inside) == set()
     assert rates_beyond("mle", {}) == set()
-    below = tuned(r5e_4=(0.3, 0.8), r1e_3=(0.4, 0.9), r2e_3=(0.6, 0.7))
-    assert rates_beyond("mle", below) == {2.5e-4}
-    both = tuned(r5e_4=(0.3, 0.8), r1e_3=(0.4, 0.9), r2e_3=(0.6, 0.95))
-    assert rates_beyond("mle", both) == {2.5e-4, 4e-3}
+    below = tuned(r2e_4=(0.3, 0.8), r6e_4=(0.4, 0.9), r1_8e_3=(0.6, 0.7))
+    assert rates_beyond("mle", below) == {6.67e-5}
+    both = tuned(r2e_4=(0.3, 0.8), r6e_4=(0.4, 0.9), r1_8e_3=(0.6, 0.95))
+    assert rates_beyond("mle", both) == {6.67e-5, 5.4e-3}
 
 
 def test_selections_and_their_ties():

@@ -1,0 +1,111 @@
+"""What each part of SGP-LoRA does: one setting changed at a time, three seeds, on one task.
+
+    python -m benchmarks.ablations --out outputs/ablations --rate 6e-4 --jobs 2 paths.data_dir=/data
+
+The learning rate is that of the comparison (``chosen_by_nll.json``), held for all settings. Writes ablations.csv, a row
+per run with the metrics on test data, and ablations.md, mean and standard deviation over seeds. Finished runs are
+skipped.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.comparison import SEEDS, TASKS, Job, is_finished, quiet, run_all, settings_of
+from utils.report_rows import METRICS
+from utils.run import open_atomic, read_metrics
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "m = 4": ("inducing.inducing_rows=4", "inducing.inducing_cols=4"),
+    "m = 16": ("inducing.inducing_rows=16", "inducing.inducing_cols=16"),
+    "flow depth 2": ("inducing.flow_depth=2",),
+    "q(U) matrix normal": ("inducing.family=matrix_normal",),
+    "q(U) full": ("inducing.family=full",),
+    "unwhitened": ("inducing.whitened=false",),
+    "no conditional noise": ("inducing.conditional_noise=false",),
+    "lambda_max = 0.1": ("inducing.lambda_max=0.1", "inducing.lambda_init=0.07"),
+    "prior sd held at 0.7": ("inducing.learn_prior_sd=false",),
+    "prior sd held at 0.2": ("inducing.learn_prior_sd=false", "inducing.prior_sd=0.2"),
+    "q_sd = 0.1": ("inducing.q_sd=0.1",),
+    "beta = 1": ("train.beta=1",),
+    "beta = 0.01": ("train.beta=0.01",),
+    "beta warm-up": ("train.beta_warmup=0.5",),
+    "2 samples per step": ("train.n_mc=2",),
+    "on q, k, v, o": ("peft.target_modules=[q_proj,k_proj,v_proj,o_proj]",),
+    "on all linear layers": ("peft.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",),
+}
+"""What is changed, by label."""
+
+
+def job_of(task: str, label: str, rate: float, seed: int, out: Path) -> Job:
+    """One setting with one seed."""
+    name = "".join(c if c.isalnum() else "_" for c in label)
+    return Job(out / task / name / f"seed{seed}", (*settings_of(task, "sgp", rate, seed), *SETTINGS[label]), True)
+
+
+def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | float]]:
+    """A row of test metrics under the posterior per finished run."""
+    rows: list[dict[str, str | int | float]] = []
+    for (label, seed), job in jobs.items():
+        if is_finished(job):
+            record = next(
+                r
+                for r in read_metrics(job.folder)
+                if r["kind"] == "final" and r["split"] == "test" and r["mc"] not in ("mean", "zero_shot")
+            )
+            rows.append({"setting": label, "seed": seed, **{name: record[name] for name in METRICS}})
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
+    """Mean and standard deviation over seeds; ACC and ECE in per cent."""
+    lines = [
+        "| setting | seeds | ACC % | NLL | ECE % | Brier |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(str(row["setting"]) for row in rows):
+        own = [row for row in rows if row["setting"] == label]
+        cells = []
+        for name in METRICS:
+            factor, digits = (100, 1) if name in ("acc", "ece") else (1, 3)
+            values = [factor * float(row[name]) for row in own]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {label} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/ablations"))
+    parser.add_argument("--task", choices=TASKS, default="sst2_500")
+    parser.add_argument("--rate", type=float, required=True, help="learning rate of every setting")
+    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="settings; all if absent")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
+    arguments = parser.parse_args(argv)
+    out = arguments.out.resolve()
+    jobs = {
+        (label, seed): job_of(arguments.task, label, arguments.rate, seed, out)
+        for label in arguments.only
+        for seed in SEEDS
+    }
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, quiet) as pool:
+        run_all(pool, jobs.values(), arguments.overrides)
+    rows = results(jobs)
+    if not rows:
+        parser.error("no run has finished: see the lines above for what went wrong")
+    with open_atomic(out / "ablations.csv") as file:
+        lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
+        file.write(("\n".join(lines) + "\n").encode())
+    with open_atomic(out / "ablations.md") as file:
+        file.write(markdown(rows).encode())
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The ablations: every setting is a valid configuration, and the table is the mean over seeds."""
+
+import json
+import statistics
+
+import pytest
+
+from benchmarks.ablations import SETTINGS, job_of, markdown, results
+from pipeline.run import CONFIGS
+from utils.settings import compose
+
+
+@pytest.mark.parametrize("label", SETTINGS)
+def test_every_setting_changes_the_configuration_and_no_two_share_a_folder(label, tmp_path):
+    jobs = {name: job_of("sst2_500", name, 6e-4, 0, tmp_path) for name in SETTINGS}
+    cfg = compose(CONFIGS, [*jobs[label].overrides, "paths.output_dir=unused"])
+    assert cfg.opt.lr == 6e-4
+    assert cfg.method.name == "sgp"
+    if label != "default":
+        assert cfg != compose(CONFIGS, [*jobs["default"].overrides, "paths.output_dir=unused"])
+    assert len({job.folder for job in jobs.values()}) == len(SETTINGS)
+
+
+def test_the_table_is_the_mean_over_finished_seeds_of_the_posterior_on_test(tmp_path):
+    values = {0: 0.8, 1: 0.9, 2: 0.5}
+    jobs = {("default", seed): job_of("sst2_500", "default", 6e-4, seed, tmp_path) for seed in values}
+    for seed, acc in values.items():
+        folder = jobs["default", seed].folder
+        folder.mkdir(parents=True)
+        record = {"kind": "final", "split": "test", "acc": acc, "nll": 0.3, "ece": 0.02, "brier": 0.1, "step": 5}
+        other = {**record, "acc": 0.0}
+        lines = [{**other, "mc": "mean"}, {**other, "mc": "zero_shot"}, {**record, "mc": 10}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if seed != 2:  # unfinished
+            (folder / "reliability.json").write_text("{}")
+    rows = results(jobs)
+    assert [(row["setting"], row["seed"], row["acc"]) for row in rows] == [("default", 0, 0.8), ("default", 1, 0.9)]
+    spread = 100 * statistics.stdev([0.8, 0.9])
+    assert f"| default | 2 | 85.0 ± {spread:.1f} | 0.300 ± 0.000 |" in markdown(rows)
