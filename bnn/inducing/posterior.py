@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bnn.inducing.conditional import conditional_mean, conditional_sample, noise_shapes
 from bnn.inducing.families import Family, make_family
 from bnn.inducing.flow import InducingFlow, apply_stacked
-from bnn.inducing.kl import LOG_2PI, conditional_kl, gaussian_kl, log_det_kronecker
+from bnn.inducing.kl import conditional_kl, gaussian_kl, log_det_kronecker
 from bnn.inducing.prior import Frame, whiten
 from bnn.noise import Noise
 
@@ -93,24 +93,24 @@ def sample(spec: FactorSpec, tensors: Tensors, noise: Noise, flow: InducingFlow 
         flow: structure of the flow, or None.
 
     Returns:
-        The ``Draw``; with a flow its KL is the average over the S samples of the one-sample estimate
-        log q_0(U_0) - log|det J| - log p(U), without one it is exact.
+        The ``Draw``; without a flow its KL is exact, with one an unbiased estimate (``_kl_of_flow``).
     """
     rows, cols = frames(spec, tensors)
-    Y, log_q = _inducing_sample(spec, tensors, noise.eps, flow)
+    Y = spec.make_family().sample(tensors, noise.eps)
     V = _to_whitened(spec, tensors, Y, rows, cols)
+    kl = _closed_form_kl(spec, tensors, rows, cols)
+    if flow is not None:
+        V_0 = V
+        Y, log_det = apply_stacked(flow, _flow_tensors(tensors), Y)
+        V = _to_whitened(spec, tensors, Y, rows, cols)
+        kl = kl + _kl_of_flow(spec, V_0, V, log_det)
     lambda_ = lambda_of(spec, tensors)
     if noise.E1 is None or noise.E2 is None or noise.E3 is None:
         W = conditional_mean(V, rows, cols)
-        kl = torch.zeros_like(lambda_)
     else:
         W = conditional_sample(V, lambda_[:, None, None], noise.E1, noise.E2, noise.E3, rows, cols)
-        kl = conditional_kl(lambda_, spec.d_out, spec.d_in)
-    W = prior_sd_of(tensors)[:, None, None] * W
-    if log_q is None:
-        return Draw(W, kl + _closed_form_kl(spec, tensors, rows, cols))
-    log_p = -0.5 * (V.square().sum((-2, -1)) + _log_det_prior(spec, rows, cols) + spec.m_r * spec.m_c * LOG_2PI)
-    return Draw(W, kl + (log_q - log_p).mean(0))
+        kl = kl + conditional_kl(lambda_, spec.d_out, spec.d_in)
+    return Draw(prior_sd_of(tensors)[:, None, None] * W, kl)
 
 
 def mean(spec: FactorSpec, tensors: Tensors, flow: InducingFlow | None) -> Tensor:
@@ -123,24 +123,26 @@ def mean(spec: FactorSpec, tensors: Tensors, flow: InducingFlow | None) -> Tenso
         generator = torch.Generator().manual_seed(0)
         shape = (MEAN_DRAWS // 2, len(Z_r), spec.m_r, spec.m_c)
         half = torch.randn(shape, generator=generator, dtype=Z_r.dtype).to(Z_r.device)
-        Y = _inducing_sample(spec, tensors, torch.cat([half, -half]), flow)[0].mean(0)
+        Y = spec.make_family().sample(tensors, torch.cat([half, -half]))
+        Y = apply_stacked(flow, _flow_tensors(tensors), Y)[0].mean(0)
     V = _to_whitened(spec, tensors, Y, rows, cols)
     return prior_sd_of(tensors)[:, None, None] * conditional_mean(V, rows, cols)
 
 
-def _inducing_sample(
-    spec: FactorSpec, tensors: Tensors, eps: Tensor, flow: InducingFlow | None
-) -> tuple[Tensor, Tensor | None]:
-    """U / unit, (S, n, m_r, m_c), and log q(U), (S, n), which only a flow needs (None without)."""
-    family = spec.make_family()
-    Y = family.sample(tensors, eps)
-    if flow is None:
-        return Y, None
-    log_q = family.log_prob(tensors, Y)
-    Y, log_det = apply_stacked(flow, _flow_tensors(tensors), Y)
-    if not family.point_mass:
-        log_q = log_q - log_det - spec.m_r * spec.m_c * tensors["unit"].log()
-    return Y, log_q
+def _kl_of_flow(spec: FactorSpec, V_0: Tensor, V: Tensor, log_det: Tensor) -> Tensor:
+    """What a flow adds to the closed-form KL of its base, estimated from the S draws, nats, (n,).
+
+    KL[q, p] = KL[q_0, p] + E[log p(U_0) - log|det J| - log p(T(U_0))]: the base's KL as a control variate. log q_0 and
+    the normalisers of p cancel, and with them most of the noise while the flow is near the identity.
+
+    Args:
+        spec: structure.
+        V_0: the base's draws, whitened, (S, n, m_r, m_c).
+        V: the same after the flow.
+        log_det: log|det J|, (S, n); point masses have no volume and leave it out.
+    """
+    energy = 0.5 * (V.square().sum((-2, -1)) - V_0.square().sum((-2, -1)))
+    return (energy if spec.make_family().point_mass else energy - log_det).mean(0)
 
 
 def _closed_form_kl(spec: FactorSpec, tensors: Tensors, rows: Frame, cols: Frame) -> Tensor:

@@ -40,10 +40,6 @@ class Family(Protocol):
         """E ||A_r U A_c^T||_F^2, (...)."""
         ...
 
-    def log_prob(self, params: Params, U: Tensor) -> Tensor:
-        """log q(U), nats, for U (S, ..., m_r, m_c); shape (S, ...). Only needed under a flow."""
-        ...
-
 
 def squared_norm(U: Tensor, A_r: Tensor | None, A_c: Tensor | None) -> Tensor:
     """||A_r U A_c^T||_F^2 over the last two dimensions; None stands for the identity."""

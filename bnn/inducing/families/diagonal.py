@@ -38,9 +38,3 @@ class DiagonalGaussian:
             k_r, k_c = inverse_covariance_diagonal(A_r), inverse_covariance_diagonal(A_c)
             variance = variance * k_r[..., :, None] * k_c[..., None, :]
         return squared_norm(params["raw_loc"], A_r, A_c) + variance.sum((-2, -1))
-
-    def log_prob(self, params: Params, U: Tensor) -> Tensor:
-        """Sum of the entries' log densities."""
-        sd = F.softplus(params["raw_sd"])
-        z = (U - params["raw_loc"]) / sd
-        return -(0.5 * z.square() + sd.log() + 0.5 * LOG_2PI).sum((-2, -1))

@@ -56,7 +56,3 @@ class Ensemble:
         """The members' average of ||A_r M_k A_c^T||^2."""
         expand = lambda A: None if A is None else A[..., None, :, :]  # noqa: E731
         return squared_norm(params["raw_members"], expand(A_r), expand(A_c)).mean(-1)
-
-    def log_prob(self, params: Params, U: Tensor) -> Tensor:
-        """log(1/K), the weight of the member drawn."""
-        return U.new_full(U.shape[:-2], -math.log(self.members))

@@ -41,9 +41,3 @@ class FullGaussian:
         if A_r is not None and A_c is not None:
             columns = A_r[..., None, :, :] @ columns @ A_c[..., None, :, :].mT
         return squared_norm(loc, A_r, A_c) + columns.square().sum((-3, -2, -1))
-
-    def log_prob(self, params: Params, U: Tensor) -> Tensor:
-        """log N(vec U; vec M, S S^T)."""
-        S = lower_triangular(params["raw_tril"])
-        z = torch.linalg.solve_triangular(S, (U - params["raw_loc"]).flatten(-2)[..., None], upper=False)
-        return -0.5 * (z.square().sum((-2, -1)) + S.shape[-1] * LOG_2PI) - log_abs_diagonal(S)

@@ -45,12 +45,3 @@ class MatrixNormal:
             R, C = A_r @ R, A_c @ C
         spread = R.square().sum((-2, -1)) * C.square().sum((-2, -1))
         return squared_norm(params["raw_loc"], A_r, A_c) + spread
-
-    def log_prob(self, params: Params, U: Tensor) -> Tensor:
-        """log MN(U; M, R R^T, C C^T)."""
-        R, C = lower_triangular(params["raw_row"]), lower_triangular(params["raw_col"])
-        z = torch.linalg.solve_triangular(R, U - params["raw_loc"], upper=False)
-        z = torch.linalg.solve_triangular(C, z.mT, upper=False)
-        m_r, m_c = U.shape[-2:]
-        log_scale = m_c * log_abs_diagonal(R) + m_r * log_abs_diagonal(C)
-        return -0.5 * (z.square().sum((-2, -1)) + m_r * m_c * LOG_2PI) - log_scale

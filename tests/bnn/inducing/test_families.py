@@ -82,12 +82,6 @@ def test_entropy(name):
     torch.testing.assert_close(make_family(name).entropy(params), reference(name, params).entropy())
 
 
-def test_log_prob(name, generator):
-    params = random_params(name)
-    U = torch.randn(5, N, M_R, M_C, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(make_family(name).log_prob(params, U), reference(name, params).log_prob(U.flatten(-2)))
-
-
 @pytest.mark.parametrize("whitened", [True, False])
 def test_energy_against_the_dense_formula(name, whitened):
     """E ||A_r U A_c^T||^2 = tr[(A_r (x) A_c)(Cov + m m^T)(A_r (x) A_c)^T]."""
@@ -144,7 +138,6 @@ def test_is_a_special_case_of_the_full_gaussian(name, generator):
     torch.testing.assert_close(full.sample(as_full, eps), U)
     torch.testing.assert_close(full.entropy(as_full), special.entropy(params))
     torch.testing.assert_close(full.energy(as_full, *A), special.energy(params, *A))
-    torch.testing.assert_close(full.log_prob(as_full, U), special.log_prob(params, U))
 
 
 def test_diagonal_against_independent_normals():
