@@ -2,18 +2,18 @@
 
     python -m benchmarks.ablations --out outputs/ablations --rate 6e-4 --jobs 2 paths.data_dir=/data
 
-The learning rate is that of the comparison (``chosen_by_nll.json``), held for all settings. Writes ablations.csv, a row
+The learning rate is that of the comparison (``tuning.json``), held for all settings. Writes ablations.csv, a row
 per run with the metrics on test data, and ablations.md, mean and standard deviation over seeds. Finished runs are
 skipped.
 """
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison import SEEDS, TASKS, Job, is_finished, quiet, run_all, settings_of
+from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting
+from benchmarks.workers import Job, is_finished, processes, run_chains
 from utils.report_rows import METRICS
 from utils.run import open_atomic, read_metrics
 
@@ -27,8 +27,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "unwhitened": ("inducing.whitened=false",),
     "no conditional noise": ("inducing.conditional_noise=false",),
     "lambda_max = 0.1": ("inducing.lambda_max=0.1", "inducing.lambda_init=0.07"),
-    "prior sd held at 0.7": ("inducing.learn_prior_sd=false",),
-    "prior sd held at 0.2": ("inducing.learn_prior_sd=false", "inducing.prior_sd=0.2"),
+    "prior sds held": ("inducing.learn_prior_sd=false",),
+    "prior sd of B 0.7": ("inducing.prior_sd_b=0.7",),
+    "prior sd of B 1.4": ("inducing.prior_sd_b=1.4",),
+    "prior sd of A 0.35": ("inducing.prior_sd=0.35",),
+    "mean gain 1": ("inducing.mean_gain=1",),
     "q_sd = 0.1": ("inducing.q_sd=0.1",),
     "beta = 1": ("train.beta=1",),
     "beta = 0.01": ("train.beta=0.01",),
@@ -40,10 +43,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 """What is changed, by label."""
 
 
-def job_of(task: str, label: str, rate: float, seed: int, out: Path) -> Job:
+def job_of(task: str, label: str, rate: float, seed: int, out: Path, common: Sequence[str] = ()) -> Job:
     """One setting with one seed."""
     name = "".join(c if c.isalnum() else "_" for c in label)
-    return Job(out / task / name / f"seed{seed}", (*settings_of(task, "sgp", rate, seed), *SETTINGS[label]), True)
+    overrides = Comparison(out, common).overrides(task, "sgp", seed, Setting(rate))
+    return Job(out / task / name / f"seed{seed}", (*overrides, *SETTINGS[label]), True)
 
 
 def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | float]]:
@@ -86,16 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, required=True, help="learning rate of every setting")
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="settings; all if absent")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
     jobs = {
-        (label, seed): job_of(arguments.task, label, arguments.rate, seed, out)
+        (label, seed): job_of(arguments.task, label, arguments.rate, seed, out, arguments.overrides)
         for label in arguments.only
         for seed in SEEDS
     }
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs, quiet) as pool:
-        run_all(pool, jobs.values(), arguments.overrides)
+    with processes(arguments.jobs) as pool:
+        run_chains(pool, [iter([(0, list(jobs.values()))])], arguments.jobs, arguments.seconds)
     rows = results(jobs)
     if not rows:
         parser.error("no run has finished: see the lines above for what went wrong")

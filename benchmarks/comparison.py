@@ -3,212 +3,213 @@
     python -m benchmarks.comparison --out outputs/comparison --tasks sst2_500 arc_e_500 --jobs 2 paths.data_dir=/data
     python -m utils.report $(cat outputs/comparison/by_nll.txt) --out benchmarks/results/comparison/by_nll
 
-For every task and every method that trains, each learning rate in ``RATES`` is trained once with ``TUNING_SEED``, and
-further ones follow while the best is at the end of those tried (``EXTENSIONS``); each is judged by the method's own
-prediction on validation data, test data is not read. Two selections are made (``RULES``): the rate with the lowest
-NLL, each method at its best; and that with the highest accuracy, as rates are chosen where nobody looks at
-probabilities. The chosen are then trained with the seeds 0, 1, 2 and evaluated on test. Methods that only add to a
-trained LoRA adapter (``POST_HOC``) start from those of ``mle``. Finished runs are skipped, so the command can be
-repeated after a kill; ``by_<rule>.txt`` lists the runs of a selection for the report.
+For every task and every method that trains, each learning rate in ``RATES`` is trained once with ``TUNING_SEED``;
+further ones follow while the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's
+own setting (``OWN``) at the best rate. Each is judged by the method's own prediction on validation data; test data is
+not read. Two selections are made (``RULES``): the setting with the lowest NLL, each method at its best; and that with
+the highest accuracy, as settings are chosen where nobody looks at probabilities. The chosen are then trained with the
+seeds 0, 1, 2 and evaluated on test. Methods that only add to a trained LoRA adapter (``POST_HOC``) start from those of
+``mle``. Finished runs are skipped, so the command can be repeated after a kill. ``by_<rule>.txt`` lists the runs of a
+selection for the report, ``tuning.json`` what the search found.
 
 Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first).
 """
 
 import argparse
-import json
-import logging
-import multiprocessing
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import train_script
-from bnn.metrics import evaluate_predictions
-from pipeline.evaluation import fit, logits_of
-from pipeline.run import CONFIGS, prepare
-from pipeline.training import train
+from benchmarks.workers import Chain, Job, is_finished, processes, run_chains, tuned
 from utils.run import write_json_atomic
-from utils.settings import compose, one_line
 
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
-TASKS = {
-    "sst2_100": ("dset=sst2", "dset.train_subset=100", "train.epochs=15"),
-    "sst2_500": ("dset=sst2", "dset.train_subset=500", "train.epochs=5", "eval.ood=[cola]"),
-    "sst2_2000": ("dset=sst2", "dset.train_subset=2000", "train.epochs=3"),
-    "cola_500": ("dset=cola", "dset.train_subset=500", "train.epochs=5"),
-    "cola": ("dset=cola", "train.epochs=1"),
-    "arc_e_500": ("dset=arc_e", "dset.train_subset=500", "train.epochs=5"),
+CHOICES = ("eval.batch_size=64", "eval.max_tokens_per_forward=8192")
+LABELS = ("eval.batch_size=64", "eval.max_tokens_per_forward=32768")
+TASKS: dict[str, tuple[str, ...]] = {
+    "sst2_100": (*LABELS, "dset=sst2", "dset.train_subset=100", "train.epochs=15"),
+    "sst2_500": (*LABELS, "dset=sst2", "dset.train_subset=500", "train.epochs=5", "eval.ood=[cola]"),
+    "sst2_2000": (*LABELS, "dset=sst2", "dset.train_subset=2000", "train.epochs=3"),
+    "cola_500": (*LABELS, "dset=cola", "dset.train_subset=500", "train.epochs=5"),
+    "cola": (*LABELS, "dset=cola", "train.epochs=1"),
+    "arc_e_500": (*CHOICES, "dset=arc_e", "dset.train_subset=500", "train.epochs=5"),
+    "arc_e": (*CHOICES, "dset=arc_e", "train.epochs=3"),
     "obqa_500": (
-        "dset=obqa",
-        "dset.train_subset=500",
-        "train.epochs=5",
+        *(*CHOICES, "dset=obqa", "dset.train_subset=500", "train.epochs=5"),
         "eval.ood=[arc_e,arc_c,mmlu:college_chemistry]",
     ),
-    "wg_s": ("dset=wg_s", "train.epochs=5"),
-    "wg_m_500": ("dset=wg_m", "dset.train_subset=500", "train.epochs=5"),
+    "obqa": (*CHOICES, "dset=obqa", "train.epochs=2"),
+    "wg_s": (*CHOICES, "dset=wg_s", "dset.validation_fraction=0.3", "train.epochs=5"),  # 64 examples decide nothing
+    "wg_m_500": (*CHOICES, "dset=wg_m", "dset.train_subset=500", "train.epochs=5"),
 }
-RATES: dict[str, tuple[float, float, float]] = {
-    "mle": (2e-4, 6e-4, 1.8e-3),
-    "map": (2e-4, 6e-4, 1.8e-3),
-    "mc_dropout": (2e-4, 6e-4, 1.8e-3),
-    "lora_plus": (5e-5, 1.5e-4, 4.5e-4),
-    "adalora": (6e-4, 1.8e-3, 5.4e-3),
-    "blob": (6e-4, 1.8e-3, 5.4e-3),
-    "scalabl": (6e-4, 1.8e-3, 5.4e-3),
-    "sgp": (2e-4, 6e-4, 1.8e-3),
+RATES: dict[str, tuple[float, ...]] = {
+    "mle": (6.67e-5, 2e-4, 6e-4, 1.8e-3),
+    "map": (6.67e-5, 2e-4, 6e-4, 1.8e-3),
+    "mc_dropout": (6.67e-5, 2e-4, 6e-4, 1.8e-3),
+    "lora_plus": (1.67e-5, 5e-5, 1.5e-4, 4.5e-4),
+    "adalora": (6e-4, 1.8e-3, 5.4e-3, 1.62e-2),
+    "blob": (2e-4, 6e-4, 1.8e-3, 5.4e-3),
+    "scalabl": (2e-4, 6e-4, 1.8e-3, 5.4e-3),
+    "sgp": (6e-4, 1.8e-3, 5.4e-3, 1.62e-2),
 }
-"""Learning rates that are tried first; those beyond follow by the factor between the first two."""
+"""Learning rates that are tried first, a factor of ``FACTOR`` apart; those beyond follow by the same factor."""
+FACTOR = 3
 EXTENSIONS = 2
 """While the best rate is the lowest or the highest tried, one more beyond it is tried, so many times at most."""
-RULES = {
-    "nll": lambda tuned: (tuned["nll"], -tuned["acc"]),
-    "acc": lambda tuned: (-tuned["acc"], tuned["nll"]),
+OWN: dict[str, dict[str, tuple[str, ...]]] = {
+    "mle": {"early_stopping": ("eval.every=epoch", "eval.keep=best"), "dropout_0.1": ("peft.lora_dropout=0.1",)},
+    "map": {"decay_0.1": ("method.factory.weight_decay=0.1",), "decay_10": ("method.factory.weight_decay=10",)},
+    "mc_dropout": {"p_0.05": ("method.factory.dropout=0.05",), "p_0.3": ("method.factory.dropout=0.3",)},
+    "lora_plus": {"ratio_4": ("method.factory.lr_ratio=4",), "ratio_64": ("method.factory.lr_ratio=64",)},
+    "adalora": {
+        "orthogonality_0.1": ("method.factory.orthogonality=0.1",),
+        "rank_2": ("method.factory.init_rank_factor=2",),
+    },
+    "blob": {"eps_0.15": ("method.factory.init_eps=0.15",), "equal_kl": ("method.factory.gamma=null",)},
+    "scalabl": {"eps_0.2": ("method.factory.init_eps=0.2",), "equal_kl": ("method.factory.gamma=null",)},
+    "sgp": {"sd_b_0.7": ("inducing.prior_sd_b=0.7",), "sd_b_1.4": ("inducing.prior_sd_b=1.4",)},
 }
-"""Selections among the learning rates: what is minimised, on validation data."""
+"""Two other values of a setting of the method's own, tried at the best learning rate."""
+RULES = {
+    "nll": lambda found: (found["nll"], -found["acc"]),
+    "acc": lambda found: (-found["acc"], found["nll"]),
+}
+"""Selections among what was tried: what is minimised, on validation data."""
 AS_MLE = ("ensemble",)
-"""Methods trained at the learning rate chosen for ``mle``, whose members they are."""
+"""Methods trained with the setting chosen for ``mle``, whose members they are."""
 POST_HOC = ("temperature", "laplace", "laplace_last", "tfb")
-COMMON = ("train.batch_size=16", "eval.every=none", "eval.n_mc=10", "eval.batch_size=64")
-TUNED = "tuned.json"
+COMMON = (
+    *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
+    *("eval.n_mc=10", "eval.zero_shot=false", "eval.figures=false"),
+)
 
 
-Tuned = dict[float, dict[str, float]]
-"""Metrics on validation data by learning rate."""
+class Setting(NamedTuple):
+    """What is tried: a learning rate, and a value of the method's own setting by its name in ``OWN``."""
+
+    rate: float
+    own: str = "default"
+
+    def __str__(self) -> str:
+        return f"{self.rate:g}" if self.own == "default" else f"{self.rate:g}_{self.own}"
 
 
-class Job(NamedTuple):
-    """One run."""
+class Comparison(NamedTuple):
+    """Where runs are kept, and what is added to the command line of each."""
 
-    folder: Path
-    overrides: tuple[str, ...]
-    test: bool
-    """Whether to go on to the evaluation on test data."""
+    out: Path
+    common: Sequence[str] = ()
+
+    def overrides(self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "") -> tuple[str, ...]:
+        """The command line of a run; ``tuned_as`` names the method whose setting it is, if another."""
+        own = OWN.get(tuned_as or method, {}).get(setting.own, ())
+        which = (f"method={method}", f"opt.lr={setting.rate:g}", f"seed={seed}")
+        return (*COMMON, *TASKS[task], *which, *own, *self.common)
+
+    def tuning_job(self, task: str, method: str, setting: Setting) -> Job:
+        """One setting of the search."""
+        folder = self.out / "tune" / task / method / str(setting)
+        return Job(folder, self.overrides(task, method, TUNING_SEED, setting), False)
+
+    def final_folder(self, task: str, method: str, setting: Setting, seed: int) -> Path:
+        """Where the run of a method with a setting and a seed is kept."""
+        return self.out / "final" / task / method / str(setting) / f"seed{seed}"
+
+    def final_jobs(self, task: str, method: str, setting: Setting, tuned_as: str = "") -> list[Job]:
+        """A method with its chosen setting and all seeds."""
+        return [
+            Job(
+                self.final_folder(task, method, setting, seed),
+                self.overrides(task, method, seed, setting, tuned_as),
+                True,
+            )
+            for seed in SEEDS
+        ]
+
+    def post_hoc_jobs(self, task: str, setting: Setting) -> list[Job]:
+        """Methods that start from the adapters of ``mle``."""
+        jobs = []
+        for method in POST_HOC:
+            for job, seed in zip(self.final_jobs(task, method, setting, "mle"), SEEDS, strict=True):
+                adapter = self.final_folder(task, "mle", setting, seed) / "adapter"
+                from_adapter = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
+                jobs.append(job._replace(overrides=(*job.overrides, *from_adapter)))
+        return jobs
+
+    def zero_shot_job(self, task: str) -> Job:
+        """The base model, which no seed changes."""
+        overrides = (*COMMON, *TASKS[task], "method=zero_shot", "seed=0", *self.common)
+        return Job(self.out / "final" / task / "zero_shot", overrides, True)
+
+    def found(self, task: str, method: str, tried: Sequence[Setting]) -> dict[Setting, dict[str, float]]:
+        """Metrics on validation data of the settings whose runs have finished."""
+        jobs = {setting: self.tuning_job(task, method, setting) for setting in tried}
+        return {setting: tuned(job) for setting, job in jobs.items() if is_finished(job)}
+
+    def search(self, task: str, method: str, tried: list[Setting]) -> Iterator[Sequence[Job]]:
+        """Stages of the search; ``tried`` collects its settings."""
+
+        def jobs(settings: Sequence[Setting]) -> list[Job]:
+            tried.extend(settings)
+            return [self.tuning_job(task, method, setting) for setting in settings]
+
+        yield jobs([Setting(rate) for rate in RATES[method]])
+        for _ in range(EXTENSIONS):
+            yield jobs(beyond(self.found(task, method, tried)))
+        best = chosen(self.found(task, method, tried))
+        yield jobs([Setting(rate, own) for rate in sorted({s.rate for s in best.values()}) for own in OWN[method]])
+
+    def chain(self, task: str, method: str) -> Chain:
+        """Search, then the runs on test by both rules; those of the second, of less interest, come last of all."""
+        if method == "mle":
+            yield 0, [self.zero_shot_job(task)]
+        tried: list[Setting] = []
+        for jobs in self.search(task, method, tried):
+            yield 0, jobs
+        for priority, setting in enumerate(chosen(self.found(task, method, tried)).values()):
+            yield priority, self.final_jobs(task, method, setting)
+            if method == "mle":
+                others = [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
+                yield priority, [*self.post_hoc_jobs(task, setting), *others]
+
+    def all_found(self, task: str, method: str) -> dict[Setting, dict[str, float]]:
+        """What the search has found so far."""
+        tried: list[Setting] = []
+        for _ in self.search(task, method, tried):
+            pass
+        return self.found(task, method, tried)
+
+    def write_lists(self, tasks: Sequence[str]) -> None:
+        """``tuning.json``, and by rule the finished runs on test."""
+        tables = {task: {method: self.all_found(task, method) for method in RATES} for task in tasks}
+        named = {t: {m: {str(s): v for s, v in f.items()} for m, f in of.items()} for t, of in tables.items()}
+        write_json_atomic(self.out / "tuning.json", named)
+        for rule in RULES:
+            jobs = [self.zero_shot_job(task) for task in tasks]
+            for task, of in tables.items():
+                for method, found in of.items():
+                    if found:
+                        setting = chosen(found)[rule]
+                        jobs += self.final_jobs(task, method, setting)
+                        if method == "mle":
+                            jobs += self.post_hoc_jobs(task, setting)
+                            jobs += [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
+            (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
 
 
-def tuning_job(task: str, method: str, rate: float, out: Path) -> Job:
-    """One setting of the search."""
-    return Job(out / "tune" / task / method / f"{rate:g}", settings_of(task, method, rate, TUNING_SEED), False)
+def chosen(found: dict[Setting, dict[str, float]]) -> dict[str, Setting]:
+    """The best setting by each rule; none where nothing was found."""
+    return {rule: min(found, key=lambda setting: key(found[setting])) for rule, key in RULES.items()} if found else {}
 
 
-def rates_beyond(method: str, found: Tuned) -> set[float]:
+def beyond(found: dict[Setting, dict[str, float]]) -> list[Setting]:
     """What to train next: a rate beyond the best by any rule, where that is at the end of those that finished."""
-    factor = RATES[method][1] / RATES[method][0]
-    beyond = set()
-    for rule in RULES:
-        if found:
-            best = pick(found, rule)
-            beyond |= {best / factor} if best == min(found) else set()
-            beyond |= {best * factor} if best == max(found) else set()
-    return {float(f"{rate:.3g}") for rate in beyond}
-
-
-def pick(found: Tuned, rule: str) -> float:
-    """The best learning rate by a rule."""
-    return min(found, key=lambda rate: RULES[rule](found[rate]))
-
-
-def tune(pool: Any, tasks: Sequence[str], out: Path, common: Sequence[str]) -> dict[tuple[str, str], Tuned]:
-    """Metrics on validation data of every learning rate that finished, for every (task, method)."""
-    found: dict[tuple[str, str], Tuned] = {(task, method): {} for task in tasks for method in RATES}
-    for extension in range(1 + EXTENSIONS):
-        jobs = {}
-        for (task, method), known in found.items():
-            for rate in rates_beyond(method, known) if extension else RATES[method]:
-                jobs[task, method, rate] = tuning_job(task, method, rate, out)
-        run_all(pool, jobs.values(), common)
-        for (task, method, rate), job in jobs.items():
-            if is_finished(job):
-                found[task, method][rate] = json.loads((job.folder / TUNED).read_text())
-    return found
-
-
-def choose(found: dict[tuple[str, str], Tuned], rule: str) -> dict[str, dict[str, float]]:
-    """The learning rate of every method on every task; methods none of whose runs finished are left out."""
-    chosen: dict[str, dict[str, float]] = {task: {} for task, _ in found}
-    for (task, method), known in found.items():
-        if known:
-            chosen[task][method] = pick(known, rule)
-    for best in chosen.values():
-        best |= {method: best["mle"] for method in AS_MLE if "mle" in best}
-    return chosen
-
-
-def final_jobs(task: str, out: Path, chosen: dict[str, float]) -> list[Job]:
-    """Every method that trains, at its chosen rate, with all seeds."""
-    return [
-        Job(final_folder(out, task, method, rate, seed), settings_of(task, method, rate, seed), True)
-        for method, rate in chosen.items()
-        for seed in SEEDS
-    ]
-
-
-def post_hoc_jobs(task: str, out: Path, chosen: dict[str, float]) -> list[Job]:
-    """Methods that start from the adapters of ``mle``."""
-    jobs: list[Job] = []
-    for method in POST_HOC if "mle" in chosen else ():
-        rate = chosen["mle"]
-        for seed in SEEDS:
-            adapter = final_folder(out, task, "mle", rate, seed) / "adapter"
-            overrides = (*settings_of(task, method, rate, seed), f"train.init_adapter={adapter}", "train.epochs=0")
-            jobs.append(Job(final_folder(out, task, method, rate, seed), overrides, True))
-    return jobs
-
-
-def final_folder(out: Path, task: str, method: str, rate: float, seed: int) -> Path:
-    """Where the run of a method with a learning rate and a seed is kept."""
-    return out / "final" / task / method / f"lr{rate:g}" / f"seed{seed}"
-
-
-def settings_of(task: str, method: str, rate: float, seed: int) -> tuple[str, ...]:
-    """What tells a run from others."""
-    return (*TASKS[task], f"method={method}", f"opt.lr={rate:g}", f"seed={seed}")
-
-
-def is_finished(job: Job) -> bool:
-    """Whether the run's last record is there."""
-    return (job.folder / ("reliability.json" if job.test else TUNED)).exists()
-
-
-def execute(job: Job, common: Sequence[str]) -> str | None:
-    """Run one job in this process; returns what went wrong, if anything."""
-    arguments = [*COMMON, *job.overrides, *common, f"paths.output_dir={job.folder}", "overwrite=true"]
-    try:
-        cfg = compose(CONFIGS, arguments)
-        if job.test:
-            train_script.execute(cfg)
-        else:
-            run = prepare(cfg)
-            step = train(run)
-            fit(run)
-            mode = run.method.modes(cfg.eval.n_mc)[0]
-            logits, answer = logits_of(run, run.data.validation, mode, "tuning")
-            write_json_atomic(job.folder / TUNED, {"step": step, **evaluate_predictions(logits, answer)})
-    except train_script.USER_ERRORS as error:
-        return f"{job.folder}: {one_line(error, CONFIGS)}"
-    return None
-
-
-def quiet() -> None:
-    """A worker's lines are in its run folder."""
-    logging.disable(logging.INFO)
-    sys.stdout = open("/dev/null", "w")  # noqa: SIM115  # for as long as the worker lives
-
-
-def work(arguments: tuple[Job, Sequence[str]]) -> tuple[Job, str | None]:
-    """``execute``, with any error as text: one failing run must not end the others."""
-    try:
-        return arguments[0], execute(*arguments)
-    except Exception as error:
-        return arguments[0], f"{arguments[0].folder}: {type(error).__name__}: {error}"
-
-
-def run_all(pool: Any, jobs: Iterable[Job], common: Sequence[str]) -> None:
-    """Run what is not finished, many at once; failures are reported and left for the next call."""
-    waiting = [(job, common) for job in jobs if not is_finished(job)]
-    for i, (job, error) in enumerate(pool.imap_unordered(work, waiting), 1):
-        print(f"[{i}/{len(waiting)}] {job.folder} {error or 'done'}", flush=True)
+    rates = [setting.rate for setting in found]
+    best = {setting.rate for setting in chosen(found).values()}
+    further = {rate / FACTOR for rate in best if rate == min(rates)}
+    further |= {rate * FACTOR for rate in best if rate == max(rates)}
+    return [Setting(float(f"{rate:.3g}")) for rate in sorted(further)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -217,25 +218,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/comparison"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2_500", "arc_e_500"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
     arguments = parser.parse_args(argv)
-    out, common, tasks = arguments.out.resolve(), arguments.overrides, arguments.tasks
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs, quiet) as pool:
-        compare(pool, tasks, out, common)
-
-
-def compare(pool: Any, tasks: Sequence[str], out: Path, common: Sequence[str]) -> None:
-    """Search, final runs and their lists, in the processes of ``pool``."""
-    found = tune(pool, tasks, out, common)
-    for make in (final_jobs, post_hoc_jobs):
-        for rule in RULES:
-            chosen = choose(found, rule)
-            run_all(pool, [job for task in tasks for job in make(task, out, chosen[task])], common)
-    for rule in RULES:
-        chosen = choose(found, rule)
-        write_json_atomic(out / f"chosen_by_{rule}.json", chosen)
-        every = [job for task in tasks for make in (final_jobs, post_hoc_jobs) for job in make(task, out, chosen[task])]
-        (out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in every if is_finished(job)))
+    comparison = Comparison(arguments.out.resolve(), arguments.overrides)
+    chains = [comparison.chain(task, method) for task in arguments.tasks for method in RATES]
+    with processes(arguments.jobs) as pool:
+        complete = run_chains(pool, chains, arguments.jobs, arguments.seconds)
+    comparison.write_lists(arguments.tasks)
+    if not complete:
+        print(f"stopped after {arguments.seconds:g} s: the same command goes on")
 
 
 if __name__ == "__main__":

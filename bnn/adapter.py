@@ -38,7 +38,8 @@ class SGPLoraConfig(LoraConfig):
     flow_hidden: int = field(default=64, metadata={"help": "hidden width of the flow's networks"})
     whitened: bool = field(default=True, metadata={"help": "q describes V (prior N(0, I)); False: U itself"})
     conditional_noise: bool = field(default=True, metadata={"help": "False: W is its conditional mean (no lambda)"})
-    prior_sd: float = field(default=0.7, metadata={"help": "prior standard deviation, before prior_scaling"})
+    prior_sd: float = field(default=0.7, metadata={"help": "prior standard deviation of A, before prior_scaling"})
+    prior_sd_b: float = field(default=2.8, metadata={"help": "that of B"})
     prior_scaling: str = field(default="width", metadata={"help": "width: / sqrt(max(d_out, d_in)); fan_in; none"})
     learn_prior_sd: bool = field(default=True, metadata={"help": "learn sigma_p per factor (type-II ML)"})
     lambda_init: float = field(default=0.7, metadata={"help": "initial lambda, in (0, lambda_max)"})
@@ -47,6 +48,7 @@ class SGPLoraConfig(LoraConfig):
     q_sd: float = field(default=0.5, metadata={"help": "initial standard deviation of q(V); the prior's is 1"})
     d_init: float = field(default=0.3, metadata={"help": "initial D, relative to rows of Z of norm 1"})
     d_init_zero: float = field(default=0.3, metadata={"help": "initial D_r of B, whose Z_r starts at 0"})
+    mean_gain: float = field(default=4.0, metadata={"help": "speed of B's mean at first, relative to LoRA's B"})
     init_seed: int = field(default=0, metadata={"help": "seed of the rows of Z that the initial mean leaves free"})
 
     def __post_init__(self) -> None:
@@ -79,19 +81,22 @@ class SGPLoraConfig(LoraConfig):
             conditional_noise=self.conditional_noise,
         )
 
-    def make_factor(self, weight: Tensor, zero_start: bool, generator: torch.Generator) -> InducingFactor:
+    def make_factor(
+        self, weight: Tensor, prior_sd: float, zero_start: bool, generator: torch.Generator
+    ) -> InducingFactor:
         """An ``InducingFactor`` that stands for ``weight`` (d_out, d_in), or starts at mean 0."""
         d_out, d_in = weight.shape
         return InducingFactor(
             self.factor_spec(d_out, d_in),
             None if zero_start else weight,
-            log_prior_sd=log_of_scaled_prior_sd(self.prior_sd, self.prior_scaling, d_out, d_in),
+            log_prior_sd=log_of_scaled_prior_sd(prior_sd, self.prior_scaling, d_out, d_in),
             learn_prior_sd=self.learn_prior_sd,
             lambda_init=self.lambda_init,
             learn_lambda=self.learn_lambda and self.conditional_noise,
             q_sd=self.q_sd,
             d_init=self.d_init,
             d_init_zero=self.d_init_zero,
+            mean_gain=self.mean_gain,
             generator=generator,
         )
 
@@ -173,11 +178,14 @@ def replace_factors(
     base_weight = layer.get_base_layer().weight
     dtype = base_weight.dtype if base_weight.dtype.is_floating_point else model.dtype
     generator = torch.Generator().manual_seed(config.init_seed)
-    for side, zero_start in ((layer.lora_A, False), (layer.lora_B, not keep_b)):
+    for side, prior_sd, zero_start in (
+        (layer.lora_A, config.prior_sd, False),
+        (layer.lora_B, config.prior_sd_b, not keep_b),
+    ):
         old = side[adapter_name].weight
         on_meta = old.device.type == "meta"
         weight = torch.ones(old.shape) if on_meta else old
-        factor = config.make_factor(weight, zero_start, generator)
+        factor = config.make_factor(weight, prior_sd, zero_start, generator)
         factor.compute_dtype = dtype  # type: ignore[assignment]  # a model says Any
         factor.requires_grad_(old.requires_grad)
         side[adapter_name] = factor.to(old.device)

@@ -35,6 +35,7 @@ class InducingFactor(nn.Module):
         q_sd: initial standard deviation of q(V) (the prior's is 1).
         d_init: initial D relative to rows of Z of norm 1. Small: P is nearly orthonormal; large: W is linear in Z.
         d_init_zero: initial D_r on the zero-started side.
+        mean_gain: speed at which a zero-started mean leaves 0, relative to LoRA's.
         generator: for the rows of Z that ``weight`` leaves free.
 
     Raises:
@@ -56,6 +57,7 @@ class InducingFactor(nn.Module):
         q_sd: float,
         d_init: float,
         d_init_zero: float,
+        mean_gain: float,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class InducingFactor(nn.Module):
         self._own("raw_prior_sd", torch.tensor(float(log_prior_sd)), learn_prior_sd)
         self._own("raw_lambda", torch.logit(torch.tensor(lambda_init / spec.lambda_max)), learn_lambda)
         if weight is None or not weight.any():
-            initial = _zero_start(spec, d_init, d_init_zero, log_prior_sd, generator)
+            initial = _zero_start(spec, d_init, d_init_zero, mean_gain, log_prior_sd, generator)
         else:
             initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
         loc, unit = initial.pop("loc"), initial.pop("unit")
@@ -200,14 +202,17 @@ def _zero_start(
     spec: FactorSpec,
     d_init: float,
     d_init_zero: float,
+    mean_gain: float,
     log_prior_sd: float,
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """LoRA's start for B: mean exactly 0 through Z_r = 0, with the gradient LoRA has.
+    """LoRA's start for B: mean exactly 0 through Z_r = 0, with ``mean_gain`` times the gradient LoRA has.
 
     With Z_r = 0 the mean is sigma_p Z_r^T (D_r^{-1} V P_c), linear in Z_r; V is chosen so that the bracket times
-    sigma_p has orthonormal columns, the identity on the first min(m_r, m_c, d_in): Z_r^T then moves exactly as LoRA's
-    B does. A start at V = 0 instead would leave Z_r without gradient.
+    sigma_p has orthogonal columns, the identity times ``mean_gain`` on the first min(m_r, m_c, d_in): Z_r^T then moves
+    exactly as the B of LoRA with an alpha that much larger does. A start at V = 0 instead would leave Z_r without
+    gradient. As P_r is a contraction, the spectral norm of the mean cannot exceed sigma_p ||V||, which is
+    ``mean_gain * d_init_zero`` at first: too small a gain stops the mean, not only slows it.
     """
     k = min(spec.m_r, spec.m_c, spec.d_in)
     Z_c = _unit_rows(spec.m_c, spec.d_in, generator)
@@ -215,7 +220,7 @@ def _zero_start(
     Z_c[k:] *= d_init
     state = _frame_parameters(spec, torch.zeros(spec.m_r, spec.d_out), Z_c, d_init_zero, d_init)
     rows, cols = posterior.frames(spec, _stack_one(state))
-    target = torch.eye(spec.m_r, spec.d_in) * (torch.arange(spec.d_in) < k)
+    target = mean_gain * torch.eye(spec.m_r, spec.d_in) * (torch.arange(spec.d_in) < k)
     V = rows.L[0] @ target @ torch.linalg.pinv(cols.P[0]) * torch.exp(torch.tensor(-log_prior_sd))
     return state | _located(spec, V, rows.L[0], cols.L[0])
 

@@ -18,7 +18,7 @@ class Loss(NamedTuple):
     """KL[q || p], nats (whole model, not scaled)."""
 
 
-def negative_elbo(scores: Tensor, answer: Tensor, kl: Tensor, n_train: int, beta: float) -> Loss:
+def negative_elbo(scores: Tensor, answer: Tensor, kl: Tensor, n_train: int, beta: float | Tensor) -> Loss:
     """-ELBO / N for one micro-batch: mean_n -log p(y_n | x_n, W) + beta * KL[q || p] / N.
 
     Args:
@@ -26,12 +26,12 @@ def negative_elbo(scores: Tensor, answer: Tensor, kl: Tensor, n_train: int, beta
         answer: index of the right choice, (rows,).
         kl: KL[q || p], nats, a scalar.
         n_train: N, the number of training examples (examples, not batches).
-        beta: weight of the KL; 1 is the ELBO.
+        beta: weight of the KL; 1 is the ELBO. A tensor, which a CUDA graph can read anew, is not checked.
 
     Raises:
         ValueError: for n_train < 1 or beta < 0.
     """
-    if n_train < 1 or beta < 0:
+    if n_train < 1 or (not isinstance(beta, Tensor) and beta < 0):
         raise ValueError(f"expected n_train >= 1 and beta >= 0, got n_train={n_train}, beta={beta}")
     nll = F.cross_entropy(scores, answer)
     return Loss(nll + beta / n_train * kl, nll, kl)

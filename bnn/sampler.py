@@ -149,10 +149,11 @@ class Sampler:
     def _draw(self, noise: Tensor) -> tuple[list[Tensor], Tensor]:
         """Weights (S, n, d_out, d_in) of every stack, and the total KL."""
         tensors = [stack.tensors() for stack in self.stacks]
-        if self._graph is not None and noise.is_cuda and torch.is_grad_enabled():
-            *weights, kl = self._graph(draw_stacks, self.stacks, tensors, noise)
-        else:
+        own_graph = self._graph if noise.is_cuda and torch.is_grad_enabled() else None
+        if own_graph is None or torch.cuda.is_current_stream_capturing():  # a graph of the whole step holds the draw
             *weights, kl = draw_stacks(self.stacks, tensors, noise)
+        else:
+            *weights, kl = own_graph(draw_stacks, self.stacks, tensors, noise)
         return weights, kl
 
 

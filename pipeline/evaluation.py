@@ -105,7 +105,8 @@ def finish(run: Run, step: int) -> None:
         run.method.save(run.model, run.folder / "adapter")
     epoch = -(-step * cfg.train.batch_size * cfg.train.grad_accum // max(1, len(run.data.train)))
     bins = {}
-    for mc in ["zero_shot", *run.method.modes(cfg.eval.n_mc)]:
+    zero_shot: list[int | str] = ["zero_shot"] if cfg.eval.zero_shot else []
+    for mc in [*zero_shot, *run.method.modes(cfg.eval.n_mc)]:
         inside, answer = logits_of(run, run.data.test, mc, "test")
         report(run, epoch, step, "test", mc, inside, answer, {})
         if mc != "zero_shot":
@@ -115,10 +116,11 @@ def finish(run: Run, step: int) -> None:
             report(run, epoch, step, f"ood:{name}", mc, outside, answer, detection(inside, outside))
     run.log.reliability(bins)
     run.log.close()
-    if run.world.main:
-        figures = [plot_curves(run.folder)] if step else []  # nothing was trained: no curves
-        figures.append(plot_reliability(run.folder))
-        logger.info("run folder: %s (figures: %s)", run.folder, ", ".join(path.name for path in figures))
+    if run.world.main and cfg.eval.figures:
+        if step:  # else nothing was trained: no curves
+            plot_curves(run.folder)
+        plot_reliability(run.folder)
+    logger.info("run folder: %s", run.folder)
 
 
 def report(

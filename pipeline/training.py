@@ -6,13 +6,15 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnn.methods.base import Schedule, trainable
 from bnn.objective import Loss, beta_at, learning_rate_at, negative_elbo
 from pipeline.evaluation import evaluate_during
+from pipeline.graphs import StepGraphs
 from pipeline.run import Run, score
 from utils.checkpoint import save_checkpoint
+from utils.data.batch import Batch
 from utils.data.example import Example
 from utils.data.order import nth_batch
 from utils.run import progress
@@ -32,6 +34,7 @@ def train(run: Run) -> int:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     step = restore(run, run.resumed) if run.resumed else 0
+    graphs = step_graphs(run)
     counts = [sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())]
     logger.info("training %s of %s parameters for %d steps", f"{counts[0]:,}", f"{counts[1]:,}", total)
     if step == 0 < total and cfg.eval.every != "none":
@@ -49,7 +52,7 @@ def train(run: Run) -> int:
         run.generator.manual_seed(stream_seed(cfg.seed, "posterior", step, run.world.rank))
         if not model.training:  # setting it walks through all modules
             model.train()
-        loss = accumulate(run, examples, beta)
+        loss = accumulate(run, examples, beta, graphs)
         update(run, step, rate, loss, examples)
         seen += len(examples)
 
@@ -72,20 +75,46 @@ def train(run: Run) -> int:
     return total
 
 
-def accumulate(run: Run, examples: list[Example], beta: float) -> Loss:
+def step_graphs(run: Run) -> StepGraphs | None:
+    """CUDA graphs of training steps where ``train.graph_padding`` asks for them; None on a CPU.
+
+    Raises:
+        ValueError: for sharded weights, whose exchange between processes is not recorded.
+    """
+    cfg = run.cfg.train
+    if cfg.graph_padding is None or run.device.type != "cuda":
+        return None
+    if cfg.fsdp:
+        raise ValueError(f"train.graph_padding={cfg.graph_padding} does not go with train.fsdp=true: set it to null")
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    return StepGraphs(parameters, run.generator, run.device)
+
+
+def accumulate(run: Run, examples: list[Example], beta: float, graphs: StepGraphs | None = None) -> Loss:
     """Backward over this process's micro-batches of a step, each under its own draw; returns the step's mean loss.
 
     The weights of all micro-batches sum to 1, so the KL counts once.
     """
-    n_mc = run.cfg.train.n_mc
+
+    def backward(batch: Batch, weight: float | Tensor, beta: float | Tensor) -> Loss:
+        with run.method.sample(run.model, n_mc, run.generator) as live:
+            loss = negative_elbo(score(run.model, batch), batch.answer, live.kl(), len(run.data.train), beta)
+            (weight * loss.loss).backward()
+        share = torch.full((), weight, device=run.device) if isinstance(weight, float) else weight
+        return Loss(*(share * value.detach() for value in loss))
+
+    n_mc, few_shapes = run.cfg.train.n_mc, {}
+    if graphs:
+        most = max(len(example.choices) for example in run.data.train)
+        few_shapes = {"num_choices": most, "multiple": run.cfg.train.graph_padding}
     parts = []
     for micro, weight in run.world.micro_batches(examples, run.cfg.train.batch_size):
-        batch = run.encoder.collate(micro).to(run.device).tile(n_mc)
-        for _ in run.method.members(run.model):
-            with run.method.sample(run.model, n_mc, run.generator) as live:
-                loss = negative_elbo(score(run.model, batch), batch.answer, live.kl(), len(run.data.train), beta)
-                (weight * loss.loss).backward()
-            parts.append([weight * value.detach() for value in loss])
+        batch = run.encoder.collate(micro, **few_shapes).tile(n_mc)
+        for member, _ in enumerate(run.method.members(run.model)):
+            if graphs:
+                parts.append(graphs(backward, batch, weight, beta, variant=member))
+            else:
+                parts.append(backward(batch.to(run.device), weight, beta))
     sums = [torch.stack(values).sum() for values in zip(*parts, strict=True)]
     run.world.sum_(sums)
     return Loss(*sums)

@@ -15,14 +15,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from utils.data.example import near_matches
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
-NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp")
+NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding")
 """Keys that may change when a run is resumed."""
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
-    *("train.log_every", "train.checkpoint_every"),
+    *("train.graph_padding", "train.log_every", "train.checkpoint_every"),
     *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
 )
-MAY_BE_NULL = ("train.max_steps", "eval.every_n_mc", "train.max_grad_norm")
+MAY_BE_NULL = ("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm")
 RANGES = {
     "seed": (0, 2**32 - 1),
     "train.epochs": (0, sys.maxsize),

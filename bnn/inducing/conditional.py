@@ -53,9 +53,9 @@ def matheron_correction(E1: Tensor, E2: Tensor, E3: Tensor, rows: Frame, cols: F
         G, (..., m_r, m_c).
     """
     if E1.shape[-2] <= E1.shape[-1]:
-        H = E1 @ cols.P.mT + E2 @ cols.C.mT
+        H = times(E1, cols.P.mT) + times(E2, cols.C.mT)
         return rows.P @ H + rows.C @ E3
-    H = rows.P @ E1 + rows.C @ E2
+    H = times(E1.mT, rows.P.mT).mT + times(E2.mT, rows.C.mT).mT
     return H @ cols.P.mT + E3 @ cols.C.mT
 
 
@@ -83,5 +83,17 @@ def conditional_sample(
 def _two_sided(P_r: Tensor, V: Tensor, P_c: Tensor) -> Tensor:
     """P_r^T V P_c, multiplied on the factor's short side first (the intermediate is m x r, not m x d)."""
     if P_r.shape[-1] <= P_c.shape[-1]:
-        return (P_r.mT @ V) @ P_c
-    return P_r.mT @ (V @ P_c)
+        return times(P_r.mT @ V, P_c)
+    return times((V @ P_c).mT, P_r).mT
+
+
+def times(X: Tensor, M: Tensor) -> Tensor:
+    """X @ M for X (S, ..., a, b) and M (..., b, c), one matrix for all S samples.
+
+    The samples' rows are laid below one another, (..., S a, b): S times fewer and larger products than those of a
+    batch, which would copy M for every sample.
+    """
+    if X.dim() == M.dim():
+        return X @ M
+    stacked = X.movedim(0, -3).flatten(-3, -2) @ M
+    return stacked.unflatten(-2, (X.shape[0], X.shape[-2])).movedim(-3, 0)

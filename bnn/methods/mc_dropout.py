@@ -57,9 +57,8 @@ class MCDropout(MLE):
     def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Iterator[PointEstimate]:
         """Context in which the adapter's dropout is active and nothing else changes; every row has its own masks.
 
-        Dropout draws from the global generators, so they are seeded from ``generator`` on entry and put back on exit;
-        with ``generator=None`` they are used as they are. Recomputation under gradient checkpointing restores them
-        and sees the same masks.
+        Dropout draws from the global generators. In training mode, where it is active anyway, they are used as they
+        are; else they are seeded from ``generator``, if there is one, on entry and put back on exit.
 
         Raises:
             ValueError: if the adapter has no dropout.
@@ -68,6 +67,9 @@ class MCDropout(MLE):
         dropouts = [d for layer in layers for d in layer.lora_dropout.values() if isinstance(d, nn.Dropout)]
         if not dropouts:
             raise ValueError("the adapter has no dropout to draw: make or load it with method=mc_dropout")
+        if model.training:
+            yield PointEstimate()
+            return
         before = [dropout.training for dropout in dropouts]
         devices = range(torch.cuda.device_count())  # a model may lie on several
         with torch.random.fork_rng(devices, enabled=generator is not None):

@@ -1,93 +1,156 @@
 """The comparison's search, its selections, and the whole of it on a random model."""
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from concurrent.futures import Executor, Future
 
 import pytest
 
-from benchmarks import comparison
-from benchmarks.comparison import RATES, choose, compare, pick, rates_beyond
+from benchmarks import comparison, workers
+from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen
+from benchmarks.workers import Job, run_chains
+from pipeline.run import CONFIGS
+from utils.settings import compose
 
 
-def tuned(**by_rate: tuple[float, float]) -> dict[float, dict[str, float]]:
-    """{"r1e-3": (nll, acc)} as metrics by rate."""
+def found(**by_rate: tuple[float, float]) -> dict[Setting, dict[str, float]]:
+    """{"r1em3": (nll, acc)} as metrics by setting."""
     return {
-        float(re.sub("_(?=[0-9]+e)", ".", name[1:]).replace("_", "-")): {"nll": nll, "acc": acc}
+        Setting(float(name[1:].replace("m", "-").replace("_", "."))): {"nll": nll, "acc": acc}
         for name, (nll, acc) in by_rate.items()
     }
 
 
 def test_the_search_goes_on_beyond_the_best_at_an_end():
-    assert RATES["mle"] == (2e-4, 6e-4, 1.8e-3)
-    inside = tuned(r2e_4=(0.5, 0.8), r6e_4=(0.4, 0.9), r1_8e_3=(0.6, 0.7))
-    assert rates_beyond("mle", inside) == set()
-    assert rates_beyond("mle", {}) == set()
-    below = tuned(r2e_4=(0.3, 0.8), r6e_4=(0.4, 0.9), r1_8e_3=(0.6, 0.7))
-    assert rates_beyond("mle", below) == {6.67e-5}
-    both = tuned(r2e_4=(0.3, 0.8), r6e_4=(0.4, 0.9), r1_8e_3=(0.6, 0.95))
-    assert rates_beyond("mle", both) == {6.67e-5, 5.4e-3}
+    inside = found(r2em4=(0.5, 0.8), r6em4=(0.4, 0.9), r1_8em3=(0.6, 0.7))
+    assert beyond(inside) == []
+    assert beyond({}) == []
+    below = found(r2em4=(0.3, 0.8), r6em4=(0.4, 0.9), r1_8em3=(0.6, 0.7))
+    assert beyond(below) == [Setting(6.67e-5)]
+    both = found(r2em4=(0.3, 0.8), r6em4=(0.4, 0.9), r1_8em3=(0.6, 0.95))
+    assert beyond(both) == [Setting(6.67e-5), Setting(5.4e-3)]
 
 
 def test_selections_and_their_ties():
-    found = tuned(r1e_3=(0.4, 0.9), r2e_3=(0.3, 0.8), r4e_3=(0.5, 0.9))
-    assert pick(found, "nll") == 2e-3
-    assert pick(found, "acc") == 1e-3, "of equal accuracy the lower NLL"
-    chosen = choose({("t", "mle"): found, ("t", "sgp"): {}}, "nll")
-    assert chosen == {"t": {"mle": 2e-3, "ensemble": 2e-3}}
+    some = found(r1em3=(0.4, 0.9), r2em3=(0.3, 0.8), r4em3=(0.5, 0.9))
+    assert chosen(some) == {"nll": Setting(2e-3), "acc": Setting(1e-3)}, "of equal accuracy the lower NLL"
+    assert chosen({}) == {}
 
 
-class Serial:
-    """A pool of this process alone."""
+class Serial(Executor):
+    """This process alone."""
 
-    def imap_unordered(self, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        return map(function, arguments)
+    def submit(self, function, /, *arguments, **keywords):
+        future: Future = Future()
+        future.set_result(function(*arguments, **keywords))
+        return future
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Names of the jobs in the order in which they were made, by a function that only writes their last file."""
+    order: list[str] = []
+
+    def work(job: Job) -> str | None:
+        order.append(job.folder.name)
+        if "fails" in job.folder.name:
+            return "error: it fails"
+        job.folder.mkdir(parents=True)
+        (job.folder / "reliability.json").touch()
+        return None
+
+    monkeypatch.setattr(workers, "work", work)
+    return order
+
+
+def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_path, made, capsys):
+    def job(name: str) -> Job:
+        return Job(tmp_path / name, (), True)
+
+    job("a0").folder.mkdir()
+    (job("a0").folder / "reliability.json").touch()
+
+    def first():
+        yield 0, [job("a0"), job("a1"), job("a1")]
+        assert made == ["a1"]
+        yield 1, [job("a2")]
+
+    def second():
+        yield 0, [job("b_fails")]
+        yield 0, []
+        yield 0, [job("b2")]
+
+    assert run_chains(Serial(), [first(), second()], slots=1)
+    assert made == ["a1", "b_fails", "b2", "a2"]
+    assert "it fails" in capsys.readouterr().out
+
+
+def test_no_run_starts_after_the_time_is_up(tmp_path, made):
+    jobs = [Job(tmp_path / "x", (), True)]
+    assert not run_chains(Serial(), [iter([(0, jobs)])], slots=1, seconds=0)
+    assert made == []
 
 
 def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "RATES", {"mle": (1e-3, 1e-2), "sgp": (1e-3, 1e-2), "map": (1e-3, 1e-2)})
+    monkeypatch.setattr(comparison, "OWN", {m: {"dropout": ("peft.lora_dropout=0.1",)} for m in comparison.RATES})
     monkeypatch.setattr(comparison, "POST_HOC", ("temperature",))
     monkeypatch.setattr(comparison, "SEEDS", (0, 1))
     monkeypatch.setattr(comparison, "EXTENSIONS", 1)
-    tiny = [o for o in overrides() if not o.startswith(("paths.output_dir", "opt.lr", "eval.n_mc"))]
+    tiny = [o for o in overrides() if not o.startswith(("paths.output_dir", "opt.lr", "eval.n_mc", "train.batch"))]
     monkeypatch.setattr(comparison, "TASKS", {"tiny": tuple(tiny)})
-    failing = ["+method.factory.no_such_key=1"]
+    real = Comparison.overrides
 
-    def faulty(task: str, method: str, rate: float, seed: int) -> tuple[str, ...]:
-        return (*comparison.TASKS[task], f"method={method}", f"opt.lr={rate:g}", f"seed={seed}") + (
-            tuple(failing) if method == "map" else ()
-        )
+    def faulty(self, task, method, *arguments, **keywords):
+        wrong = ("+method.factory.no_such_key=1",) if method == "map" else ()
+        return (*real(self, task, method, *arguments, **keywords), *wrong)
 
-    monkeypatch.setattr(comparison, "settings_of", faulty)
-    out = tmp_path / "out"
-    compare(Serial(), ["tiny"], out, ["eval.n_mc=2"])
-    said = capsys.readouterr().out
-    assert "no_such_key" in said, "a failing run is reported, the others go on"
-    for rule in ("nll", "acc"):
-        chosen = json.loads((out / f"chosen_by_{rule}.json").read_text())["tiny"]
-        assert set(chosen) == {"mle", "sgp", "ensemble"}
-        folders = (out / f"by_{rule}.txt").read_text().split()
-        assert len(folders) == 2 * 4
-        tuning = {p.parent.name: json.loads(p.read_text()) for p in out.glob("tune/tiny/mle/*/tuned.json")}
-        assert len(tuning) >= 2
-        rates = {float(rate): values for rate, values in tuning.items()}
-        assert chosen["mle"] == pick(rates, rule)
+    monkeypatch.setattr(Comparison, "overrides", faulty)
+    made = Comparison(tmp_path / "out", ["eval.n_mc=2", "train.batch_size=4"])
+
+    def compare() -> str:
+        assert run_chains(Serial(), [made.chain("tiny", method) for method in comparison.RATES], slots=2)
+        made.write_lists(["tiny"])
+        return capsys.readouterr().out
+
+    assert "no_such_key" in compare(), "a failing run is reported, the others go on"
+    tuning = json.loads((made.out / "tuning.json").read_text())["tiny"]
+    assert tuning.keys() == {"mle", "sgp", "map"}
+    assert not tuning["map"]
+    for rule, best in (("nll", lambda v: (v["nll"], -v["acc"])), ("acc", lambda v: (-v["acc"], v["nll"]))):
+        settings = {m: min(tuning[m], key=lambda s: best(tuning[m][s])) for m in ("mle", "sgp")}
+        for name, values in tuning.items():
+            assert len(values) == 0 or {"0.001", "0.01"} <= values.keys(), name
+        folders = (made.out / f"by_{rule}.txt").read_text().split()
+        assert len(folders) == 1 + 2 * 4
+        for method, setting in (("mle", "mle"), ("ensemble", "mle"), ("temperature", "mle"), ("sgp", "sgp")):
+            for seed in (0, 1):
+                assert str(made.out / "final" / "tiny" / method / settings[setting] / f"seed{seed}") in folders
         for folder in folders:
-            lines = (comparison.Path(folder) / "metrics.jsonl").read_text()
-            assert '"split": "test"' in lines
-    assert not any('"split": "test"' in p.read_text() for p in out.glob("tune/*/*/*/metrics.jsonl"))
-    temperature = next(p for p in (out / "final" / "tiny" / "temperature").rglob("config.yaml"))
+            assert '"split": "test"' in (comparison.Path(folder) / "metrics.jsonl").read_text()
+    assert any("_dropout" in setting for setting in tuning["sgp"])
+    assert not any('"split": "test"' in p.read_text() for p in made.out.glob("tune/*/*/*/metrics.jsonl"))
+    temperature = next(p for p in (made.out / "final" / "tiny" / "temperature").rglob("config.yaml"))
     assert "/final/tiny/mle/" in temperature.read_text()
+    environments = [p.stat().st_mtime_ns for p in sorted(made.out.rglob("metrics.jsonl"))]
 
-    monkeypatch.setattr(
-        comparison, "execute", lambda job, common: "was to be skipped" if "map" not in str(job) else "x"
-    )
-    compare(Serial(), ["tiny"], out, ["eval.n_mc=2"])
-    assert "was to be skipped" not in capsys.readouterr().out
+    assert "done" not in compare()
+    assert [p.stat().st_mtime_ns for p in sorted(made.out.glob("final/**/metrics.jsonl"))] == [
+        t for t, p in zip(environments, sorted(made.out.rglob("metrics.jsonl")), strict=True) if "final" in str(p)
+    ]
 
 
 @pytest.mark.parametrize("name", list(comparison.TASKS))
-def test_tasks_compose(name):
-    cfg = comparison.compose(comparison.CONFIGS, [*comparison.TASKS[name], "paths.output_dir=x"])
-    assert cfg.train.epochs >= 1
+def test_every_task_composes(name, tmp_path):
+    overrides = Comparison(tmp_path).overrides(name, "sgp", 0, Setting(1e-3))
+    assert compose(CONFIGS, [*overrides, "paths.output_dir=x"]).train.epochs >= 1
+
+
+@pytest.mark.parametrize("method", RATES)
+def test_every_own_setting_composes_and_changes_something(method, tmp_path):
+    made = Comparison(tmp_path)
+    settings = [Setting(1e-3), *(Setting(1e-3, own) for own in comparison.OWN[method])]
+    default, *others = (
+        compose(CONFIGS, [*made.overrides("sst2_500", method, 0, s), "paths.output_dir=x"]) for s in settings
+    )
+    assert len(others) == 2
+    assert all(default != other for other in others)

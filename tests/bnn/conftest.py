@@ -34,6 +34,7 @@ def make_factor() -> Callable[..., InducingFactor]:
             "q_sd": 0.5,
             "d_init": 0.3,
             "d_init_zero": 0.3,
+            "mean_gain": 1.0,
         } | {k: v for k, v in settings.items() if k not in names}
         return InducingFactor(spec, weight, **rest, generator=torch.Generator().manual_seed(0))
 

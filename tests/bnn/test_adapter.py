@@ -24,8 +24,8 @@ def test_starts_exactly_at_the_base_model(dtype, config, make_llama, make_adapte
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_starts_with_the_gradient_of_lora(sampled, make_llama, make_adapted, ids):
-    """A point mass without conditional noise: Z_r of B gets LoRA's gradient for B, and A none, as in LoRA."""
-    model = make_adapted(start=True, family="ensemble", conditional_noise=False)
+    """A point mass without conditional noise: Z_r of B gets LoRA's gradient for B times the gain, and A none."""
+    model = make_adapted(start=True, family="ensemble", conditional_noise=False, mean_gain=3.0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         lora = get_peft_model(make_llama(), config).eval()
@@ -44,7 +44,7 @@ def test_starts_with_the_gradient_of_lora(sampled, make_llama, make_adapted, ids
         if ".lora_B." in name:
             assert expected.abs().max() > 1e-3
             # 4 = r: the columns of B; factors are float32
-            torch.testing.assert_close(factor.Z_r.grad[:4].mT, expected.float(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(factor.Z_r.grad[:4].mT, 3 * expected.float(), rtol=1e-4, atol=3e-6)
         else:
             assert not expected.any()
             assert not any(p.grad.any() for p in factor.parameters() if p.grad is not None)

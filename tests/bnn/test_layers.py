@@ -56,6 +56,16 @@ def test_zero_start_has_the_gradient_of_lora(variant, make_factor, generator):
     assert not factor.Z_c.grad.any()
 
 
+def test_the_gain_is_the_speed_and_the_bound_of_a_zero_started_mean(make_factor, generator):
+    G = torch.randn(WIDTH, R, generator=generator)
+    factor = make_factor(None, (WIDTH, R), mean_gain=3.0, d_init_zero=0.5)
+    (factor.mean_weight() * G).sum().backward()
+    torch.testing.assert_close(factor.Z_r.grad[:R].mT, 3 * G, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        factor.Z_r.normal_(0, 1e3, generator=generator)
+        assert torch.linalg.matrix_norm(factor.mean_weight(), 2) == pytest.approx(3.0 * 0.5, rel=1e-2)
+
+
 def test_zero_start_follows_lora_over_several_steps(make_factor, generator):
     """Noise off, plain gradient descent on a quadratic: the mean stays near LoRA's B (K_r changes at second order)."""
     target = 0.02 * torch.randn(WIDTH, R, generator=generator)

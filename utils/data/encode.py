@@ -141,12 +141,13 @@ class Encoder:
                 )
             owner[tokens[0]] = choice.text
 
-    def collate(self, examples: Sequence[Example], num_choices: int | None = None) -> Batch:
+    def collate(self, examples: Sequence[Example], num_choices: int | None = None, multiple: int = 1) -> Batch:
         """Pack examples into one batch.
 
         Args:
             examples: N examples, at least one.
             num_choices: C, padded with choices that do not exist; None for the largest number in the batch.
+            multiple: Pad widths to multiples of it (see `pack`).
 
         Raises:
             ValueError: If there is no example, or one has more than `num_choices` choices.
@@ -157,7 +158,7 @@ class Encoder:
         most = max(len(e.choices) for e in encoded)
         if num_choices is not None and most > num_choices:
             raise ValueError(f"an example has {most} choices, more than num_choices={num_choices}")
-        return pack(examples, encoded, self.scoring == "choice_mean", num_choices or most, self._pad)
+        return pack(examples, encoded, self.scoring == "choice_mean", num_choices or most, self._pad, multiple)
 
 
 def checked(data: TaskData, encoder: Encoder, limit: int | None) -> TaskData:

@@ -28,12 +28,19 @@ class Encoded:
         return len(self.prompt) + max(len(choice) for choice in self.choices) - 1
 
 
-def pack(examples: Sequence[Example], encoded: list[Encoded], mean: bool, num_choices: int, pad: int) -> Batch:
-    """Build the tensors of a packed batch (layout: see `Batch`); `mean` averages over a choice's tokens."""
+def pack(
+    examples: Sequence[Example], encoded: list[Encoded], mean: bool, num_choices: int, pad: int, multiple: int = 1
+) -> Batch:
+    """Build the tensors of a packed batch (layout: see `Batch`); `mean` averages over a choice's tokens.
+
+    The widths of the prompts, of the choices, and of a choice's scored tokens (if above 1) become multiples of
+    `multiple`, so that batches come in few shapes.
+    """
     n, c = len(encoded), num_choices
-    start = max(len(e.prompt) for e in encoded)  # first column of the choice region
-    total = start + max(e.length - len(e.prompt) for e in encoded)
+    start = _up(max(len(e.prompt) for e in encoded), multiple)  # first column of the choice region
+    total = start + _up(max(e.length - len(e.prompt) for e in encoded), multiple)
     longest = max(len(ids) - u for e in encoded for ids, u in zip(e.choices, e.unscored, strict=True))
+    longest = longest if longest == 1 else _up(longest, multiple)
     input_ids = torch.full((n, total), pad)
     position_ids = torch.zeros((n, total), dtype=torch.long)
     segment = torch.full((n, total), -1)  # -1 padding, 0 prompt, 1.. the choices
@@ -71,6 +78,11 @@ def pack(examples: Sequence[Example], encoded: list[Encoded], mean: bool, num_ch
         answer=torch.tensor([example.answer for example in examples]),
         keep=total - start + 1,
     )
+
+
+def _up(size: int, multiple: int) -> int:
+    """The least multiple that is at least `size`."""
+    return -(-size // multiple) * multiple
 
 
 def packed_mask(segment: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.run import open_atomic, read_metrics
+from utils.run import RELIABILITY_FILE, open_atomic, read_metrics
 from utils.search.selection import SIGNS, Point
 
 Tests = Mapping[int, Sequence[Mapping[str, float]]]
@@ -17,7 +17,7 @@ Tests = Mapping[int, Sequence[Mapping[str, float]]]
 
 def final_test(run_dir: Path) -> dict[str, float] | None:
     """Test metrics of a finished run under its method's own prediction; None if it has not finished."""
-    if not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "reliability.png").is_file():
+    if not (run_dir / "metrics.jsonl").is_file() or not (run_dir / RELIABILITY_FILE).is_file():
         return None
     records = [r for r in read_metrics(run_dir) if r["kind"] == "final" and r["split"] == "test"]
     own = [r for r in records if r["mc"] != "zero_shot"]

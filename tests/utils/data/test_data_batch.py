@@ -98,6 +98,21 @@ def test_gradients_are_finite_and_padding_rows_do_not_matter(tokenizer, examples
     torch.testing.assert_close(choice_scores(logits, batch)[2, :4], expected[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scoring", ["choice_sum", "choice_mean"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batches_of_few_shapes_have_the_same_scores(name, scoring, tokenizer, examples):
+    model = make_model(CONFIGS[name])
+    encoder = Encoder(tokenizer, scoring, 64)
+    tight, padded = encoder.collate(examples), encoder.collate(examples, num_choices=5, multiple=8)
+    assert padded.choice_token.shape == (3, 5, 8)
+    assert padded.input_ids.shape[1] % 8 == 0
+    assert padded.keep % 8 == 1
+    with torch.no_grad():
+        expected, scores = (choice_scores(model(**b.model_inputs()).logits, b) for b in (tight, padded))
+    torch.testing.assert_close(scores[:, :4], expected, atol=1e-5, rtol=1e-5)
+    assert torch.isneginf(scores[:, 4:]).all()
+
+
 def test_bfloat16_is_finite(tokenizer, examples):
     model = make_model(CONFIGS["llama"]).bfloat16()
     batch = Encoder(tokenizer, "choice_sum", 64).collate(examples)

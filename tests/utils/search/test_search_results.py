@@ -75,8 +75,8 @@ def test_test_values_are_those_of_the_methods_own_prediction(tmp_path):
     for split, mc, acc in (("test", "zero_shot", 0.1), ("test", 4, 0.2), ("test", "mean", 0.3), ("ood:x", 4, 0.4)):
         log.final(epoch=1, step=1, split=split, mc=mc, metrics={"acc": acc, "nll": 1.0, "ece": 0.0, "brier": 0.0})
     log.close()
-    assert final_test(tmp_path) is None, "the run has not written its figures: it may have been killed"
-    (tmp_path / "reliability.png").touch()
+    assert final_test(tmp_path) is None, "the run has not written its last file: it may have been killed"
+    (tmp_path / "reliability.json").touch()
     assert final_test(tmp_path) == {"acc": 0.2, "nll": 1.0, "ece": 0.0, "brier": 0.0}
 
 

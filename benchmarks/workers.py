@@ -1,0 +1,140 @@
+"""Many runs at once: processes spread over the GPUs, and chains of runs of which one stage decides on the next."""
+
+import gc
+import heapq
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import train_script
+from bnn.metrics import evaluate_predictions
+from pipeline.evaluation import fit, keep_best, logits_of
+from pipeline.run import CONFIGS, prepare
+from pipeline.training import train
+from utils.run import RELIABILITY_FILE, write_json_atomic
+from utils.settings import compose, one_line
+
+TUNED = "tuned.json"
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    test: bool
+    """Whether to go on to the evaluation on test data."""
+
+
+Chain = Iterator[tuple[int, Sequence[Job]]]
+"""Stages of runs, each with its priority (low first); a stage is asked for once the one before has ended."""
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run's last file is there."""
+    return (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists()
+
+
+def tuned(job: Job) -> dict[str, float]:
+    """Metrics on validation data of a finished run that is not for test."""
+    return json.loads((job.folder / TUNED).read_text())
+
+
+def execute(job: Job) -> None:
+    """Run one job in this process."""
+    cfg = compose(CONFIGS, [*job.overrides, f"paths.output_dir={job.folder}", "overwrite=true"])
+    if job.test:
+        train_script.execute(cfg)
+        return
+    run = prepare(cfg)
+    step = train(run)
+    keep_best(run)
+    fit(run)
+    mode = run.method.modes(cfg.eval.n_mc)[0]
+    logits, answer = logits_of(run, run.data.validation, mode, "tuning")
+    write_json_atomic(job.folder / TUNED, {"step": step, **evaluate_predictions(logits, answer)})
+
+
+def work(job: Job) -> str | None:
+    """``execute``; returns what went wrong, if anything: one failing run must not end the others."""
+    try:
+        execute(job)
+    except train_script.USER_ERRORS as error:
+        return one_line(error, CONFIGS)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return None
+
+
+def processes(n: int) -> ProcessPoolExecutor:
+    """``n`` worker processes, each with one GPU in turn if there are any."""
+    context = get_context("spawn")
+    return ProcessPoolExecutor(n, context, _begin, (context.Value("i", 0), torch.cuda.device_count(), n))
+
+
+def _begin(counter: Any, gpus: int, n: int) -> None:
+    """Prepare a worker: its GPU, its share of the processor, and silence; its lines are in its run folders."""
+    with counter.get_lock():
+        index, counter.value = counter.value, counter.value + 1
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % gpus]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
+    logging.disable(logging.INFO)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the worker lives
+
+
+def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
+    """Go through all chains, ``slots`` runs at a time; finished runs are skipped, failures reported and left out.
+
+    Args:
+        pool: where runs are made.
+        chains: in order of importance among stages of equal priority.
+        slots: runs at a time.
+        seconds: no run starts later than this.
+
+    Returns:
+        Whether all chains came to their end.
+    """
+    end, order, done = time.monotonic() + seconds, itertools.count(), itertools.count(1)
+    waiting: list[tuple[int, int, int, Job]] = []
+    left = [0] * len(chains)
+    running: dict[Future[str | None], tuple[int, Job]] = {}
+
+    def advance(index: int) -> None:
+        while not left[index]:
+            stage = next(chains[index], None)
+            if stage is None:
+                return
+            priority, jobs = stage
+            for job in {job.folder: job for job in jobs if not is_finished(job)}.values():
+                heapq.heappush(waiting, (priority, index, next(order), job))
+                left[index] += 1
+
+    for index in range(len(chains)):
+        advance(index)
+    while running or (waiting and time.monotonic() < end):
+        while waiting and len(running) < slots and time.monotonic() < end:
+            _, index, _, job = heapq.heappop(waiting)
+            running[pool.submit(work, job)] = (index, job)
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            index, job = running.pop(future)
+            print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {future.result() or 'done'}", flush=True)
+            left[index] -= 1
+            if not left[index]:
+                advance(index)
+    return not waiting

@@ -1,0 +1,111 @@
+"""Training on a GPU by CUDA graphs: one launch in the place of the thousands that a small model is bound by."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnn.objective import Loss
+from utils.data.batch import Batch
+
+logger = logging.getLogger("train")
+
+Body = Callable[[Batch, Any, Any], Loss]
+"""(batch, weight, beta) -> the weighted loss and its parts; adds gradients to the parameters."""
+
+
+class Recorded(NamedTuple):
+    """A graph with what it reads and writes."""
+
+    graph: Any
+    batch: Batch
+    loss: Loss
+    gradients: list[Tensor | None]
+    """What the graph writes anew, of parameters that had no gradient before it; the others are added to in place."""
+
+
+class StepGraphs:
+    """Forward and backward of a micro-batch, draws included, replayed as CUDA graphs: one per shape of batch.
+
+    The first batch of a shape runs as usual, the second is recorded, later ones are replayed; all give the same
+    gradients. A recording fixes everything but the batch's tensors, the two scalars and the random numbers, so what
+    else differs between steps belongs into ``variant``. Where recording fails (a model that waits for the device, such
+    as a mixture of experts; memory that runs out), a warning says so and training goes on without graphs.
+
+    Args:
+        parameters: what is trained; they must stay in place.
+        generator: of the draws inside the recorded part, seeded anew between steps.
+        device: a GPU.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], generator: torch.Generator, device: torch.device) -> None:
+        self._parameters = parameters
+        self._generator = generator
+        self._device = device
+        self._own = [torch.empty_like(p) for p in parameters]
+        self._scalars = torch.empty(2, device=device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Any, Recorded | None] = {}
+        self._given_up = False
+
+    def __call__(self, body: Body, batch: Batch, weight: float, beta: float, variant: Any) -> Loss:
+        """``body(batch, weight, beta)`` by the graph for this shape, variant, and set of parameters with a gradient."""
+        fresh = tuple(p.grad is None for p in self._parameters)
+        key = (variant, fresh, batch.keep, *(t.shape for t in _tensors(batch)))
+        if self._given_up or key not in self._graphs:
+            self._graphs.setdefault(key)
+            return body(batch.to(self._device), weight, beta)
+        self._keep_gradients()
+        if self._graphs[key] is None:
+            try:
+                self._graphs[key] = self._record(body, batch.to(self._device))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                logger.warning("going on without CUDA graphs: a step cannot be recorded (%s)", reason)
+                self._given_up = True
+                self._graphs.clear()
+                return body(batch.to(self._device), weight, beta)
+        recorded = self._graphs[key]
+        assert recorded is not None
+        for fixed, t in zip(_tensors(recorded.batch), _tensors(batch), strict=True):
+            fixed.copy_(t, non_blocking=True)
+        self._scalars.copy_(torch.tensor([weight, beta]))
+        recorded.graph.replay()
+        self._take_gradients(recorded.gradients)
+        return Loss(*(t.clone() for t in recorded.loss))
+
+    def _record(self, body: Body, batch: Batch) -> Recorded:
+        before = [p.grad for p in self._parameters]
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                loss = body(batch, *self._scalars)
+        finally:
+            after = [p.grad for p in self._parameters]
+            for p, grad in zip(self._parameters, before, strict=True):
+                p.grad = grad  # recording computes nothing
+        return Recorded(graph, batch, loss, [g if b is None else None for g, b in zip(after, before, strict=True)])
+
+    def _keep_gradients(self) -> None:
+        """Move gradients that steps outside a graph have made to where graphs add to them."""
+        for p, own in zip(self._parameters, self._own, strict=True):
+            if p.grad is not None and p.grad is not own:
+                own.copy_(p.grad)
+                p.grad = own
+
+    def _take_gradients(self, written: list[Tensor | None]) -> None:
+        """Copy what a graph has written, since the next replay writes there again."""
+        new = [(own, g) for own, g in zip(self._own, written, strict=True) if g is not None]
+        if new:
+            torch._foreach_copy_([own for own, _ in new], [g for _, g in new])
+        for p, own, g in zip(self._parameters, self._own, written, strict=True):
+            if g is not None:
+                p.grad = own
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)]

@@ -1,0 +1,81 @@
+"""Training by CUDA graphs gives what training without them gives; needs a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import FAST, row
+
+from pipeline.run import CONFIGS, prepare
+from pipeline.training import accumulate, step_graphs, train
+from utils.run import read_metrics
+from utils.settings import compose
+
+METHODS = {
+    "sgp": ("method=sgp", "train.n_mc=2"),
+    "mle": ("method=mle",),
+    "mc_dropout": ("method=mc_dropout",),
+    "ensemble": ("method=ensemble",),
+    "blob": ("method=blob", "method.factory.gamma=null"),
+    "scalabl": ("method=scalabl", "method.factory.gamma=null"),
+    "adalora": ("method=adalora",),
+    "warm-up": ("method=sgp", "train.beta_warmup=0.5"),
+}
+
+
+@pytest.fixture
+def command(tmp_path: Path):
+    for split, numbers in {"train": range(24), "validation": range(20, 25), "test": range(30, 36)}.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in numbers))
+    data = [f"dset.{split}_file={tmp_path / split}.jsonl" for split in ("train", "validation", "test")]
+
+    def make(*extra: str, folder: str = "run") -> list[str]:
+        return [*FAST, *data, "eval.every=none", f"paths.output_dir={tmp_path / folder}", *extra]
+
+    return make
+
+
+def test_a_cpu_has_no_graphs(command):
+    run = prepare(compose(CONFIGS, command("train.graph_padding=32", "device=cpu")))
+    assert step_graphs(run) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_with_and_without_graphs(command, tmp_path, name):
+    settings = ("device=cuda", "dtype=float32", "train.epochs=4", "train.log_every=1", "train.grad_accum=2")
+    losses = {}
+    for folder, padding in {"eager": "null", "graphs": "8"}.items():
+        cfg = compose(CONFIGS, command(*settings, *METHODS[name], f"train.graph_padding={padding}", folder=folder))
+        train(prepare(cfg))
+        losses[folder] = [r["loss"] for r in read_metrics(tmp_path / folder) if r["kind"] == "train"]
+    assert len(losses["eager"]) >= 8
+    assert losses["graphs"] == pytest.approx(losses["eager"], rel=2e-3)
+    assert len(set(losses["graphs"])) > 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_of_replays(command, name):
+    """Every call on the same batch, weights and seed must leave the same gradients: usual, recorded, replayed."""
+    run = prepare(compose(CONFIGS, command("device=cuda", "dtype=float32", "train.graph_padding=8", *METHODS[name])))
+    run.method.start(run.model, None) if name not in ("blob", "scalabl", "adalora") else None
+    run.model.train()
+    graphs = step_graphs(run)
+    assert graphs is not None
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    examples = run.data.train[:4]
+    found = []
+    for _ in range(4):
+        for p in parameters:
+            p.grad = None
+        torch.manual_seed(0)
+        run.generator.manual_seed(0)
+        accumulate(run, examples, 0.1, graphs)
+        found.append([None if p.grad is None else p.grad.clone() for p in parameters])
+    for later in found[1:]:
+        for first, second in zip(found[0], later, strict=True):
+            assert (first is None) == (second is None)
+            if first is not None:
+                torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5 * float(first.abs().max() + 1e-8))
