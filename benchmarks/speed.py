@@ -5,23 +5,29 @@
 
 The base model has random weights (``llm.random_init=true``), so nothing is downloaded. Every variant adapts the same
 base model in turn, in one process. A training step is forward, objective at the last position, backward and AdamW
-(fused on a GPU, for all variants). Ratios are to PEFT's LoRA with its default float32 adapters.
+(fused on a GPU, for all variants); "graph": forward and backward replayed as a CUDA graph (``train.graph_padding``).
+Samples are drawn anew for every prediction, unless "held": drawn once, as for a whole data set or a server. Ratios are
+to PEFT's LoRA with its default float32 adapters.
 """
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
+from torch import Tensor
 
 from benchmarks.figures import draw_speed
 from benchmarks.measure import environment, measure
 from bnn.methods.base import Method, trainable
+from bnn.objective import Loss, negative_elbo
+from pipeline.graphs import StepGraphs
+from utils.data.batch import Batch
 from utils.llm import load_model
 from utils.run import write_json_atomic
 from utils.settings import compose, plain
@@ -58,58 +64,97 @@ def variants(settings: Sequence[str]) -> dict[str, Callable[[], Method]]:
     }
 
 
-def workloads(model: Any, method: Method, shrink: int, samples: int) -> dict[str, Callable[[], Any]]:
-    """Calls to be timed, by label."""
+def workloads(
+    model: Any, method: Method, shrink: int, samples: int
+) -> Mapping[str, AbstractContextManager[Callable[[], Any]]]:
+    """Calls to be timed, by label; each is ready inside its context."""
     device = next(model.parameters()).device
     groups = method.parameter_groups(model, 1e-4, 0.0)
+    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
     generator = torch.Generator(device).manual_seed(0)
     length = max(2, 128 // shrink)
 
-    def ids(rows: int, tokens: int) -> torch.Tensor:
+    def ids(rows: int, tokens: int) -> Tensor:
         return torch.randint(model.config.vocab_size, (rows, tokens), device=device)
 
-    def training(rows: int, tokens: int) -> Callable[[], None]:
-        batch, labels = ids(rows, tokens), torch.randint(model.config.vocab_size, (rows,), device=device)
+    def backward(batch: Batch, weight: Any, beta: Any) -> Loss:
+        with method.sample(model, 1, generator) as live:
+            logits = model(input_ids=batch.input_ids, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+            loss = negative_elbo(logits, batch.answer, live.kl(), 1000, beta)
+            (weight * loss.loss).backward()
+        return Loss(*(value.detach() for value in loss))
+
+    @contextmanager
+    def training(rows: int, tokens: int, graph: bool = False) -> Iterator[Callable[[], None]]:
+        batch = fixed_length(ids(rows, tokens))
+        graphs = StepGraphs(parameters, generator, device) if graph else None
 
         def step() -> None:
-            if not model.training:
-                model.train()
-            with method.sample(model, 1, generator) as live:
-                logits = model(input_ids=batch, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-                (F.cross_entropy(logits, labels) + live.kl().to(device) / 1000).backward()
+            if graphs:
+                graphs(backward, batch, 1.0, 1.0, None)
+            else:
+                backward(batch, 1.0, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return step
+        model.train()
+        yield step
 
     @torch.no_grad()
-    def forward(batch: torch.Tensor) -> torch.Tensor:
+    def forward(batch: Tensor) -> Tensor:
         return model(input_ids=batch, logits_to_keep=1, use_cache=False).logits
 
-    def predicting(rows: int, draws: int) -> Callable[[], None]:
+    @contextmanager
+    def predicting(rows: int, draws: int, held: bool = False) -> Iterator[Callable[[], Any]]:
         batch = ids(rows, length)
 
+        def fresh() -> None:
+            with torch.no_grad(), method.sample(model, draws, generator):
+                forward(batch.repeat(draws, 1))
+
         def passes() -> None:
-            if model.training:
-                model.eval()
-            if draws == 1 or not method.stochastic:
-                for _ in range(draws):
-                    forward(batch)
-            else:
-                with torch.no_grad(), method.sample(model, draws, generator):
-                    forward(batch.repeat(draws, 1))
+            for _ in range(draws):
+                forward(batch)
 
-        return passes
+        model.eval()
+        if draws == 1 or not method.stochastic:
+            yield passes
+        elif held:
+            with torch.no_grad(), method.sample(model, draws, generator):
+                yield lambda: forward(batch.repeat(draws, 1))
+        else:
+            yield fresh
 
-    return {
-        f"train 4x{length}": training(4, length),
-        f"train 8x{2 * length}": training(8, 2 * length),
+    shapes = ((4, length), (8, 2 * length))
+    found = {f"train {rows}x{tokens}": training(rows, tokens) for rows, tokens in shapes}
+    if device.type == "cuda":
+        found |= {f"train {rows}x{tokens}, graph": training(rows, tokens, graph=True) for rows, tokens in shapes}
+    return found | {
         f"1 pass 1x{length}": predicting(1, 1),
         f"1 pass {8 * samples}x{length}": predicting(8 * samples, 1),
         f"{samples} samples 1x{length}": predicting(1, samples),
+        f"{samples} held samples 1x{length}": predicting(1, samples, held=True),
         f"{samples} samples 8x{length}": predicting(8, samples),
     }
+
+
+def fixed_length(input_ids: Tensor) -> Batch:
+    """Rows without padding, each with its first token for an answer at the last position."""
+    rows, tokens = input_ids.shape
+    zeros = torch.zeros(rows, 1, 1, dtype=torch.long)
+    return Batch(
+        ids=tuple(map(str, range(rows))),
+        input_ids=input_ids,
+        attention_mask=torch.ones(1, dtype=torch.bool),  # not used: causal attention needs none
+        position_ids=torch.arange(tokens),
+        choice_source=zeros,
+        choice_token=zeros,
+        choice_weight=torch.ones(rows, 1, 1),
+        choice_exists=torch.ones(rows, 1, dtype=torch.bool),
+        answer=input_ids[:, 0],
+        keep=1,
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -131,12 +176,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         method = make()
         adapted = method.adapt(model, dict(lora))
         results[label] = {"parameters": sum(p.numel() for _, p in trainable(adapted))}
-        for workload, call in workloads(adapted, method, arguments.shrink, arguments.samples).items():
-            found = measure(call, device, arguments.warmup, arguments.repeats, arguments.seconds)
+        for workload, ready in workloads(adapted, method, arguments.shrink, arguments.samples).items():
+            with ready as call:
+                found = measure(call, device, arguments.warmup, arguments.repeats, arguments.seconds)
             results[label][workload] = found._asdict()
             print(f"{label:28s} {workload:22s} {found.median_ms:9.2f} ms (IQR {found.iqr_ms:.2f})", flush=True)
         model = adapted.unload()
-        del method, adapted
+        del method, adapted, ready, call
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

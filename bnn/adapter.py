@@ -129,7 +129,7 @@ class SGPLoraModel(LoraModel):
     def _untie_head(self, head: nn.Module) -> None:
         """Give a tied output head its own copy of the weight, so that merging cannot corrupt the input embedding."""
         embedding = self.model.get_input_embeddings()
-        if head.weight is embedding.weight and head.weight.device.type != "meta":
+        if head.weight is embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
             for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
                 config.tie_word_embeddings = False

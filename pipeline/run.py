@@ -118,7 +118,9 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
     memory = plan(cfg, world, data, encoder, dtype, llm)
     logger.info("%s", memory)
     memory.check()
-    device = torch.device("cpu") if cfg.train.fsdp else world.device  # sharding moves one layer at a time
+    device = world.device
+    if cfg.train.fsdp:  # sharding moves one layer at a time, from rank 0 to all
+        device = torch.device("cpu" if world.main else "meta")
     model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
     fit_tokenizer(model, tokenizer)
     return checked(data, encoder, position_limit(model)), encoder, model

@@ -100,7 +100,8 @@ class World:
 def shard_frozen(model: nn.Module, world: World) -> None:
     """Spread the frozen weights over the GPUs of all processes (FSDP2), one decoder layer gathered at a time.
 
-    What is trained stays whole in every process and is moved to its device.
+    Only rank 0 needs the weights: where others have the structure alone (meta tensors), they receive them layer by
+    layer. What is trained stays whole in every process, as rank 0 has it, and is moved to its device.
 
     Raises:
         ValueError: for a single process, or quantised weights, which cannot be sharded.
@@ -109,15 +110,46 @@ def shard_frozen(model: nn.Module, world: World) -> None:
 
     if world.size == 1:
         raise ValueError("train.fsdp=true needs several processes: start the command with torchrun --nproc-per-node=N")
-    trained = {p for p in model.parameters() if p.requires_grad}
     if any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError("train.fsdp=true cannot shard quantised weights: set quantization=none")
     layers = set(getattr(model, "_no_split_modules", None) or ())
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    for module in model.modules():
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    sharded: set[nn.Module] = set()
     # saving in one process releases what it gathered: between forward passes nothing may be left gathered in the others
-    fully_shard(model, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
-    for p in trained:
-        p.data = p.data.to(world.device)
+    for module in [*(m for m in model.modules() if type(m).__name__ in layers), model]:
+        own = [m for m in module.modules() if m not in sharded]
+        receive(own, world)
+        trained = {p for p in module.parameters() if p.requires_grad}
+        fully_shard(module, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+        for p in trained:
+            p.data = p.data.to(world.device)
+        sharded.update(own)
+
+
+def receive(modules: Iterable[nn.Module], world: World) -> None:
+    """Give all processes rank 0's parameters and buffers of these modules (their own, not those of modules inside).
+
+    Tensors that a process has are overwritten; meta tensors are replaced, a tied one in all its places.
+
+    Raises:
+        RuntimeError: if the modules of a process have other tensors than those of rank 0.
+    """
+    places: dict[int, tuple[Tensor, list[tuple[dict[str, Any], str]]]] = {}
+    for module in modules:
+        tables: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+        for table in tables:
+            for name in (name for name, t in table.items() if t is not None):
+                places.setdefault(id(table[name]), (table[name], []))[1].append((table, name))
+    own = [([name for _, name in where], tuple(t.shape)) for t, where in places.values()]
+    told = world.gather((own, [t.dtype for t, _ in places.values()]))[0]
+    if told[0] != own:
+        raise RuntimeError(f"rank {world.rank} has other parameters than rank 0: give all the same command")
+    for (t, where), dtype in zip(places.values(), told[1], strict=True):
+        sent = t.detach().to(world.device) if world.main else torch.empty(t.shape, dtype=dtype, device=world.device)
+        dist.broadcast(sent, src=0)
+        if t.is_meta:
+            filled = nn.Parameter(sent, t.requires_grad) if isinstance(t, nn.Parameter) else sent
+            for table, name in where:
+                table[name] = filled
+        elif not world.main:
+            t.detach().copy_(sent)

@@ -63,7 +63,7 @@ def load_model(
         name_or_path: A hub name, or a folder.
         cache_dir: The project's cache of converted weights.
         dtype: Precision of the weights (`resolve_dtype`).
-        device: Where the model goes (`resolve_device`).
+        device: Where the model goes (`resolve_device`); `meta` for the structure without any weights.
         random_init: Random weights instead of real ones; needs no download if `architecture` is given.
         random_init_seed: Seed of the random weights; the global generators are left as they were.
         architecture: `model_type` and sizes, read only with `random_init`.
@@ -90,7 +90,9 @@ def load_model(
         pypi=pypi,
         gguf_dir=gguf_dir,
     )
-    if source is None or random_init:
+    if device.type == "meta":
+        model = random_model(config, random_init_seed, dtype, device, attn_implementation)
+    elif source is None or random_init:
         logger.info("%s: random weights (seed %d)", name_or_path, random_init_seed)
         model = random_model(config, random_init_seed, dtype, device, attn_implementation)
     else:
