@@ -29,7 +29,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "lambda_max = 0.1": ("inducing.lambda_max=0.1", "inducing.lambda_init=0.07"),
     "prior sds held": ("inducing.learn_prior_sd=false",),
     "prior sd of B 0.7": ("inducing.prior_sd_b=0.7",),
-    "prior sd of B 1.4": ("inducing.prior_sd_b=1.4",),
+    "prior sd of B 2.8": ("inducing.prior_sd_b=2.8",),
     "prior sd of A 0.35": ("inducing.prior_sd=0.35",),
     "mean gain 1": ("inducing.mean_gain=1",),
     "q_sd = 0.1": ("inducing.q_sd=0.1",),

@@ -68,7 +68,7 @@ OWN: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "blob": {"eps_0.15": ("method.factory.init_eps=0.15",), "equal_kl": ("method.factory.gamma=null",)},
     "scalabl": {"eps_0.2": ("method.factory.init_eps=0.2",), "equal_kl": ("method.factory.gamma=null",)},
-    "sgp": {"sd_b_0.7": ("inducing.prior_sd_b=0.7",), "sd_b_1.4": ("inducing.prior_sd_b=1.4",)},
+    "sgp": {"sd_b_0.7": ("inducing.prior_sd_b=0.7",), "sd_b_2.8": ("inducing.prior_sd_b=2.8",)},
 }
 """Two other values of a setting of the method's own, tried at the best learning rate."""
 RULES = {

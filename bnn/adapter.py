@@ -39,7 +39,7 @@ class SGPLoraConfig(LoraConfig):
     whitened: bool = field(default=True, metadata={"help": "q describes V (prior N(0, I)); False: U itself"})
     conditional_noise: bool = field(default=True, metadata={"help": "False: W is its conditional mean (no lambda)"})
     prior_sd: float = field(default=0.7, metadata={"help": "prior standard deviation of A, before prior_scaling"})
-    prior_sd_b: float = field(default=2.8, metadata={"help": "that of B"})
+    prior_sd_b: float = field(default=1.4, metadata={"help": "that of B"})
     prior_scaling: str = field(default="width", metadata={"help": "width: / sqrt(max(d_out, d_in)); fan_in; none"})
     learn_prior_sd: bool = field(default=True, metadata={"help": "learn sigma_p per factor (type-II ML)"})
     lambda_init: float = field(default=0.7, metadata={"help": "initial lambda, in (0, lambda_max)"})
