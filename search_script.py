@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial
 
 from bnn.metrics import evaluate_predictions
 from pipeline import evaluation
+from pipeline.processes import processes
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, launch
@@ -140,7 +141,7 @@ def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: o
         overrides = [*base, *overrides_of(point.values, CONFIGS)]
         write_experiment(folder / "selected" / f"{rule}.yaml", CONFIGS, overrides, comment)
     again = front if settings.final_points == "front" else {p.number: p for p in selected.values()}.values()
-    tests = {p.number: finals(cfg, base, p) for p in again} if settings.final_seeds else {}
+    tests = finals(cfg, base, list(again)) if settings.final_seeds else {}
     write_front(folder, front, selected, tests)
     studies = {study.study_name: study}
     if compare:
@@ -151,17 +152,29 @@ def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: o
     logger.info("search folder: %s (%d of %d trials on the front)", folder, len(front), len(points))
 
 
-def finals(cfg: DictConfig, base: Sequence[str], point: Point) -> list[dict[str, float]]:
-    """Train with each fresh seed and test; a run that has finished is read, not repeated."""
-    found = []
-    for seed in cfg.search.final_seeds:
-        folder = Path(cfg.paths.output_dir) / "final" / f"trial{point.number:04d}_seed{seed}"
-        if (tested := final_test(folder)) is None:
-            run = prepare(settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)}))
-            evaluation.finish(run, train(run))
-            tested = final_test(folder)
-        found += [tested] if tested else []
-    return found
+def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dict[int, list[dict[str, float]]]:
+    """Test metrics of the points trained with each fresh seed; a run that has finished is read, not repeated."""
+    place, seeds, at_once = Path(cfg.paths.output_dir) / "final", cfg.search.final_seeds, cfg.search.final_jobs
+    folders = {p.number: [place / f"trial{p.number:04d}_seed{seed}" for seed in seeds] for p in points}
+    missing = [
+        settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)})
+        for point in points
+        for seed, folder in zip(seeds, folders[point.number], strict=True)
+        if final_test(folder) is None
+    ]
+    if at_once == 1:
+        for settings in missing:
+            final(settings)
+    else:
+        with processes(at_once) as pool:
+            list(pool.map(final, missing))
+    return {number: [tested for f in own if (tested := final_test(f))] for number, own in folders.items()}
+
+
+def final(cfg: DictConfig) -> None:
+    """One run to its end."""
+    run = prepare(cfg)
+    evaluation.finish(run, train(run))
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="search")

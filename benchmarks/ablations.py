@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting
-from benchmarks.workers import Job, is_finished, processes, run_chains
+from benchmarks.workers import Job, is_finished, run_chains
+from pipeline.processes import processes
 from utils.report_rows import METRICS
 from utils.run import open_atomic, read_metrics
 

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.workers import Chain, Job, is_finished, processes, run_chains, tuned
+from benchmarks.workers import Chain, Job, is_finished, run_chains, tuned
+from pipeline.processes import processes
 from utils.run import write_json_atomic
 
 TUNING_SEED = 100

@@ -1,18 +1,14 @@
-"""Many runs at once: processes spread over the GPUs, and chains of runs of which one stage decides on the next."""
+"""Chains of runs, many at once, in which the results of one stage decide on the next."""
 
 import gc
 import heapq
 import itertools
 import json
-import logging
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -78,24 +74,6 @@ def work(job: Job) -> str | None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return None
-
-
-def processes(n: int) -> ProcessPoolExecutor:
-    """``n`` worker processes, each with one GPU in turn if there are any."""
-    context = get_context("spawn")
-    return ProcessPoolExecutor(n, context, _begin, (context.Value("i", 0), torch.cuda.device_count(), n))
-
-
-def _begin(counter: Any, gpus: int, n: int) -> None:
-    """Prepare a worker: its GPU, its share of the processor, and silence; its lines are in its run folders."""
-    with counter.get_lock():
-        index, counter.value = counter.value, counter.value + 1
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % gpus]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
-    logging.disable(logging.INFO)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the worker lives
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:

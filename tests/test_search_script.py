@@ -69,7 +69,8 @@ def failure(arguments: list[str]) -> str:
 
 def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
     run(tmp_path / "random")
-    folder = run(tmp_path / "a", f"search.compare={tmp_path}/random/journal.log", "search.final_seeds=[5]")
+    extra = ("search.final_seeds=[5]", "search.final_jobs=2")
+    folder = run(tmp_path / "a", f"search.compare={tmp_path}/random/journal.log", *extra)
     files = {path.name for path in folder.iterdir()}
     assert {"front.csv", "front.md", "acc_ece.png", "ece_nll.png", "hypervolume.png", "journal.log"} <= files
     done = trials(folder)

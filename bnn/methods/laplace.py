@@ -28,17 +28,21 @@ class Laplace(MLE):
         steps: of Adam on log p, maximising the Laplace evidence.
         lr: their learning rate.
         max_dim: the widest factor allowed, a bound on memory.
+        draws: S of every prediction, whatever is asked for elsewhere: Gaussian scores cost nothing to draw.
     """
 
     stochastic = True
     fits = True
 
-    def __init__(self, layers: str, prior_precision: float, steps: int, lr: float, max_dim: int) -> None:
+    def __init__(self, layers: str, prior_precision: float, steps: int, lr: float, max_dim: int, draws: int) -> None:
+        if draws < 1:
+            raise ValueError(f"method=laplace needs draws >= 1, got {draws}")
         self.layers = layers
         self.prior_precision = prior_precision
         self.steps = steps
         self.lr = lr
         self.max_dim = max_dim
+        self.draws = draws
         self.factors: dict[str, Kronecker] = {}
         self.precision = prior_precision
 
@@ -92,6 +96,10 @@ class Laplace(MLE):
         mean = torch.cat([pad(m.cpu(), (0, g), value=-torch.inf) for (m, _), g in zip(parts, gaps, strict=True)])
         covariance = torch.cat([pad(c.cpu(), (0, g, 0, g)) for (_, c), g in zip(parts, gaps, strict=True)])
         return draw(mean, covariance, n, generator)
+
+    def modes(self, n: int) -> list[int | str]:
+        """``draws`` and ``mean``, whatever n."""
+        return [self.draws, "mean"]
 
     def save(self, model: PeftModel, folder: str | Path) -> None:
         """Adapter, ``laplace.safetensors`` (eigendecompositions) and ``laplace.json`` (prior precision)."""

@@ -15,7 +15,7 @@ from utils.settings import compose
 METHODS = {
     "sgp": ("method=sgp", "train.n_mc=2"),
     "mle": ("method=mle",),
-    "mc_dropout": ("method=mc_dropout",),
+    "mc_dropout": ("method=mc_dropout", "train.graph_padding=1"),  # masks depend on the width of the batch
     "ensemble": ("method=ensemble",),
     "blob": ("method=blob", "method.factory.gamma=null"),
     "scalabl": ("method=scalabl", "method.factory.gamma=null"),
@@ -46,8 +46,10 @@ def test_a_cpu_has_no_graphs(command):
 def test_losses_with_and_without_graphs(command, tmp_path, name):
     settings = ("device=cuda", "dtype=float32", "train.epochs=4", "train.log_every=1", "train.grad_accum=2")
     losses = {}
-    for folder, padding in {"eager": "null", "graphs": "8"}.items():
-        cfg = compose(CONFIGS, command(*settings, *METHODS[name], f"train.graph_padding={padding}", folder=folder))
+    for folder in ("eager", "graphs"):
+        cfg = compose(CONFIGS, command("train.graph_padding=8", *settings, *METHODS[name], folder=folder))
+        if folder == "eager":
+            cfg.train.graph_padding = None
         train(prepare(cfg))
         losses[folder] = [r["loss"] for r in read_metrics(tmp_path / folder) if r["kind"] == "train"]
     assert len(losses["eager"]) >= 8
@@ -60,7 +62,6 @@ def test_losses_with_and_without_graphs(command, tmp_path, name):
 def test_gradients_of_replays(command, name):
     """Every call on the same batch, weights and seed must leave the same gradients: usual, recorded, replayed."""
     run = prepare(compose(CONFIGS, command("device=cuda", "dtype=float32", "train.graph_padding=8", *METHODS[name])))
-    run.method.start(run.model, None) if name not in ("blob", "scalabl", "adalora") else None
     run.model.train()
     graphs = step_graphs(run)
     assert graphs is not None

@@ -12,7 +12,10 @@ from utils.search.selection import SIGNS
 NAMES = {"sampler": SAMPLERS, "final_points": ("selected", "front")}
 LISTS = {"objectives": (tuple(SIGNS), 1), "select.rules": (tuple(CROSSES), 0)}
 """Known entries, and the fewest allowed."""
-COUNTS = {"startup_trials": 1, "n_mc": 1, "seed": 0, "trials": 1, "max_failures": 1, "prune.min_trials": 1}
+COUNTS = {
+    **{"startup_trials": 1, "n_mc": 1, "seed": 0, "trials": 1, "max_failures": 1},
+    **{"prune.min_trials": 1, "final_jobs": 1},
+}
 """Whole numbers and their lowest value."""
 NUMBERS = {"seconds": 0.0, "prune.factor": 1.0, "select.acc_within": 0.0}
 """Numbers and their lowest value."""

@@ -27,7 +27,7 @@ def batch_of(ids):
 
 
 def method(layers="all", max_dim=64) -> Laplace:
-    return Laplace(layers, prior_precision=1.0, steps=50, lr=0.1, max_dim=max_dim)
+    return Laplace(layers, prior_precision=1.0, steps=50, lr=0.1, max_dim=max_dim, draws=20)
 
 
 @pytest.fixture
@@ -155,6 +155,12 @@ def test_predictions_do_not_depend_on_the_batches_and_keep_absent_choices(model,
     torch.testing.assert_close(whole[finite], split[finite], rtol=1e-3, atol=1e-3)
     assert whole[:, :, 0].std(0).min() > 1e-3
     assert torch.equal(predict(laplace, model, [batch_of(ids)], None)[0], score(model, batch_of(ids)).detach().float())
+
+
+def test_predictions_have_their_own_number_of_draws():
+    assert method().modes(5) == [20, "mean"]
+    with pytest.raises(ValueError, match="draws >= 1, got 0"):
+        Laplace("all", 1.0, 50, 0.1, 64, draws=0)
 
 
 def test_a_larger_precision_gives_less_variance(model, ids):

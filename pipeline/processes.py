@@ -1,0 +1,32 @@
+"""Worker processes for many runs at once, spread over the GPUs."""
+
+import logging
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+
+def processes(n: int) -> ProcessPoolExecutor:
+    """``n`` worker processes, each with one GPU in turn if there are any, and its share of the processor."""
+    context = get_context("spawn")
+    return ProcessPoolExecutor(n, context, _begin, (context.Value("i", 0), torch.cuda.device_count(), n))
+
+
+def _begin(counter: Any, gpus: int, n: int) -> None:
+    """Prepare a worker. It is silent: its lines are in its run folders."""
+    with counter.get_lock():
+        index, counter.value = counter.value, counter.value + 1
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % gpus]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
+    logging.disable(logging.INFO)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the worker lives
+    if not sys.stderr.isatty():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
