@@ -13,7 +13,7 @@ import torch
 from tiny_runs import FAST, row
 
 from pipeline.evaluation import finish
-from pipeline.run import CONFIGS, prepare
+from pipeline.run import CONFIGS, load, prepare
 from pipeline.training import train
 from utils.checkpoint import FILE, FOLDER
 from utils.distributed import World
@@ -142,6 +142,14 @@ def test_an_interrupt_of_one_process_stops_all_and_one_process_can_go_on(folders
     np.testing.assert_allclose(
         scores(folders["two"], "cut", "mean"), scores(folders["one"], "mle", "mean"), rtol=0, atol=1e-4
     )
+
+
+def test_only_rank_0_reads_weights_that_will_be_sharded(overrides):
+    cfg = compose(CONFIGS, overrides("train.fsdp=true"))
+    for rank in (0, 1):
+        model = load(cfg, world(rank, 2))[2]
+        assert all(p.is_meta == (rank == 1) for p in model.parameters())
+    assert not any(p.is_meta for p in load(compose(CONFIGS, overrides()), world(1, 2))[2].parameters())
 
 
 def test_sharding_needs_several_processes(tmp_path, overrides):

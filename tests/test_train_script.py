@@ -458,6 +458,14 @@ def test_evaluation_without_training_data(tmp_path, overrides):
     assert (tmp_path / "run" / "reliability.png").exists()
 
 
+def test_what_the_end_of_a_run_may_leave_out(tmp_path, overrides):
+    execute(overrides("train.max_steps=1", "eval.zero_shot=false", "eval.figures=false"))
+    finals = [record["mc"] for record in read_metrics(tmp_path / "run") if record["kind"] == "final"]
+    assert finals == [3, "mean"]
+    assert not list((tmp_path / "run").glob("*.png"))
+    assert (tmp_path / "run" / "reliability.json").exists()
+
+
 def test_tokens_per_forward_and_batch_size_do_not_change_predictions(overrides):
     run = execute(overrides("train.max_steps=2", "eval.every=none"))
     results = []

@@ -1,11 +1,11 @@
 """Tables and figures over many runs, from what they have written.
 
 python -m utils.report RUNS... [--out DIR] [--split test]
-python -m utils.report --from-csv results.csv [--out DIR] [--split test]
+python -m utils.report --from-csv results.csv... [--out DIR] [--split test]
 
 RUNS are run folders, or folders that hold some. Writes results.csv (a row per evaluation), report.md, report.tex,
 report.csv and figures to DIR. With --from-csv the tables, and the figure of accuracy against calibration, are made
-from the committed numbers alone.
+from the numbers in one or more results.csv alone.
 """
 
 import argparse
@@ -84,19 +84,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold some")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where to write (report)")
     parser.add_argument("--split", default="test", help="split of the tables (test)")
-    parser.add_argument("--from-csv", type=Path, metavar="FILE", help="a results.csv to use in place of run folders")
+    parser.add_argument("--from-csv", nargs="+", type=Path, metavar="FILE", help="results.csv in place of run folders")
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.from_csv):
         parser.error("name run folders, or --from-csv and a results.csv: one of the two")
     notes: list[str] = []
     try:
         if options.from_csv:
-            written = report_rows(read_csv(options.from_csv), options.out, options.split)
+            written = report_rows(_joined(options.from_csv), options.out, options.split)
         else:
             written, notes = report_runs(options.runs, options.out, options.split)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     print(*notes, *written, sep="\n")
+
+
+def _joined(paths: Sequence[Path]) -> list[Row]:
+    """The rows of all files; each task is compared within one file, where significance was tested."""
+    found: dict[tuple[str, str], Path] = {}
+    rows = []
+    for path in paths:
+        own = read_csv(path)
+        for model, task in sorted({(row.model, row.column) for row in own}):
+            if (model, task) in found:
+                raise ValueError(f"{found[model, task]} and {path} both have {model} on {task}: leave one of them out")
+            found[model, task] = path
+        rows += own
+    return rows
 
 
 def _check_split(rows: Sequence[Row], split: str) -> None:

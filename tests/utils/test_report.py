@@ -88,6 +88,18 @@ def test_report_of_runs_and_round_trip_through_csv(runs, tmp_path, capsys):
     assert "0.7500 ± 0.0000 | 0.6250 ± 0.0000" in far
 
 
+def test_files_of_different_tasks_make_one_report(runs, tmp_path, capsys):
+    report.main([str(runs), "--out", str(tmp_path / "all")])
+    report.main([str(runs / "boolq"), "--out", str(tmp_path / "boolq")])
+    report.main([*(str(p) for p in runs.iterdir() if p.name != "boolq"), "--out", str(tmp_path / "arc")])
+    files = [str(tmp_path / name / "results.csv") for name in ("arc", "boolq")]
+    report.main(["--from-csv", *files, "--out", str(tmp_path / "joined")])
+    assert texts(tmp_path / "joined") == texts(tmp_path / "all")
+    with pytest.raises(SystemExit):
+        report.main(["--from-csv", *files, files[1], "--out", str(tmp_path / "joined")])
+    assert "both have tiny on boolq (64): leave one of them out" in capsys.readouterr().err
+
+
 def test_rows_hold_what_was_recorded(runs):
     rows, files, notes = collect([runs])
     assert notes == []
