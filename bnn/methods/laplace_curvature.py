@@ -1,7 +1,8 @@
 """Kronecker-factored curvature of LoRA matrices (Yang et al., ICLR 2024; Martens and Grosse, ICML 2015).
 
 Written with module hooks: the predictive needs per-example gradients in the Kronecker eigenbasis, so inputs and output
-gradients of every LoRA matrix are captured anyway, for any ``score`` and any batch type.
+gradients of every LoRA matrix are captured anyway, for any ``score`` and any batch type. The factors are those of
+curvlinops (a test compares them) except that tokens which reach no score, padding above all, do not enter averages.
 """
 
 import re

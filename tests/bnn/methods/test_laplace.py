@@ -105,6 +105,38 @@ def test_kfac_factors_are_the_token_covariances(model, ids):
     torch.testing.assert_close(dense(k), torch.kron(G, A / ids.numel()), **CLOSE)
 
 
+def test_kfac_is_that_of_curvlinops_where_every_token_counts(model, ids):
+    """Its factors average over all tokens, so the last layer's q, which only the last token reaches, is left out."""
+    kfac_module = pytest.importorskip(
+        "curvlinops.kfac", reason="pip install curvlinops-for-pytorch (needs torchvision)"
+    )
+
+    class Scores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(input_ids=x).logits[:, -1, :2]
+
+    wrapped = Scores()
+    operator = kfac_module.KFACLinearOperator(
+        wrapped,
+        torch.nn.CrossEntropyLoss(reduction="sum"),
+        [p for p in wrapped.parameters() if p.requires_grad],
+        [(ids, torch.zeros(len(ids), dtype=torch.long))],
+        fisher_type=kfac_module.FisherType.TYPE2,
+        check_deterministic=False,
+    )
+    operator.compute_kronecker_factors()
+    own = kfac(model, lambda m, b: score(m, b)[:, :2], [batch_of(ids)], lora_matrices(model, "all"), 64)
+    compared = {name: k for name, k in own.items() if "layers.1.self_attn.q_proj" not in name}
+    assert len(compared) == 6
+    for name, k in compared.items():
+        A, G = operator._input_covariances[f"inner.{name}"], operator._gradient_covariances[f"inner.{name}"]
+        torch.testing.assert_close(dense(k), torch.kron(G, A), rtol=1e-4, atol=1e-6 * float(G.norm() * A.norm()))
+
+
 @pytest.mark.parametrize("layers", ["all", "last"])
 def test_covariance_of_scores_is_dense_linear_algebra(layers, model, ids):
     laplace = fitted(model, ids, layers)
