@@ -43,6 +43,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "obqa": (*CHOICES, "dset=obqa", "train.epochs=2"),
     "wg_s": (*CHOICES, "dset=wg_s", "dset.validation_fraction=0.3", "train.epochs=5"),  # 64 examples decide nothing
     "wg_m_500": (*CHOICES, "dset=wg_m", "dset.train_subset=500", "train.epochs=5"),
+    "wg_m": (*CHOICES, "dset=wg_m", "train.epochs=3"),
+    "arc_c": (*CHOICES, "dset=arc_c", "train.epochs=5"),
+    "boolq": (*CHOICES, "dset=boolq", "train.epochs=1"),
 }
 RATES: dict[str, tuple[float, ...]] = {
     "mle": (6.67e-5, 2e-4, 6e-4, 1.8e-3),

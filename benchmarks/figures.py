@@ -22,7 +22,9 @@ def draw_speed(record: dict[str, Any], baseline: str, path: Path) -> None:
         places = [j + (i - (len(results) - 1) / 2) * width for j in range(len(workloads))]
         axes.bar(places, ratios, width, label=label, color=f"C{i}")
     axes.axhline(1, color="0.3", linewidth=0.8)
-    names = [f"{name}\n{results[baseline][name]['median_ms']:.0f} ms" for name in workloads]
+    lines = [name.replace(", ", "\n").replace("samples ", "samples\n") for name in workloads]
+    medians = [results[baseline][name]["median_ms"] for name in workloads]
+    names = [f"{name}\n{median:.0f} ms" for name, median in zip(lines, medians, strict=True)]
     axes.set_xticks(range(len(workloads)), names)
     axes.set_ylabel(f"time / {baseline}")
     axes.set_title(f"{record['command']['llm']}, {record['environment']['device']}", fontsize=10)

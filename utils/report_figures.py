@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils.plots import STYLE, TITLES, line_look, reliability_panel, save_figure
+from utils.report_rows import ZERO_SHOT
 from utils.report_scores import Prediction, ece, example_losses, reliability, running_log_probs
 from utils.report_tables import Column, values
 
@@ -47,12 +48,16 @@ def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: 
 
 
 def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Path:
-    """ACC against ECE: a panel per task, a colour and marker per method, bars of one sd over seeds."""
-    names = sorted({name for column in panels_of.values() for name in column})
+    """ACC against ECE: a panel per task, a colour and marker per method, bars of one sd over seeds.
+
+    The base model, often far from all others, is left out where there are others.
+    """
+    everything = sorted({name for column in panels_of.values() for name in column})
+    names = [name for name in everything if name != ZERO_SHOT] or everything
     with matplotlib.rc_context(STYLE):
         figure, panels = _grid(len(panels_of), 3.6, 3.3)
         for ax, (title, column) in zip(panels, panels_of.items(), strict=True):
-            for name, rows in column.items():
+            for name, rows in ((name, column[name]) for name in names if name in column):
                 x, y = values(rows, "ece"), values(rows, "acc")
                 if x and y:
                     bars: dict[str, Any] = {

@@ -11,6 +11,8 @@ from typing import Any
 from utils.run import open_atomic
 
 METRICS = ("acc", "nll", "ece", "brier")
+ZERO_SHOT = "zero_shot"
+"""The base model, as a method and as a prediction of others' runs."""
 AUROCS = ("auroc_entropy", "auroc_mutual_information")
 
 
@@ -69,7 +71,7 @@ def own_predictions(rows: Sequence[Row]) -> list[Row]:
     chosen: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         key = (*row.run, row.split)
-        if key not in chosen or (chosen[key].mc == "mean" and row.mc not in ("mean", "zero_shot")):
+        if key not in chosen or (chosen[key].mc == "mean" and row.mc not in ("mean", ZERO_SHOT)):
             chosen[key] = row
     return list(chosen.values())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from utils.report_rows import AUROCS, METRICS, Row, own_predictions
+from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row, own_predictions
 from utils.report_scores import ALPHA, Prediction, pairable, paired_p, welch_p
 
 SHOWN_AS_MEAN = ("sgp",)
@@ -16,8 +16,9 @@ TITLES = {"acc": "ACC", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier", **{
 CAPTION = (
     "Mean ± standard deviation over seeds (their number in brackets where it varies). Bold: the best mean, if it "
     f"differs from every other method of the task at level {ALPHA} (two-sided). Two methods with predictions of the "
-    "same seeds and examples are compared by a t-test paired over both; its squared standard error adds that over "
-    "examples (bootstrapped for the ECE) and that over seeds, and with one seed it speaks of these adapters only. "
+    "same examples, for all seeds of the one with fewer, are compared by a t-test paired over seeds and examples; its "
+    "squared standard error adds that over examples (bootstrapped for the ECE) and that over seeds, and with one seed "
+    "it speaks of these adapters only. "
     "Others by Welch's t-test over seeds, where a single seed is never significant. Rows marked (mean) are left out."
 )
 
@@ -71,8 +72,8 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
         for name, rows in column.items():
             if winner is None or name == winner or not values(rows, metric):
                 continue
-            one, other = predictions.get(winner, {}), predictions.get(name, {})
-            if len(one) == len(column[winner]) and len(other) == len(rows) and pairable(one, other):
+            one, other = _of_common_seeds(winner, name, predictions)
+            if pairable(one, other):
                 p_values[paired_p(one, other, metric)] = "paired"
             else:
                 p_values[welch_p(values(column[winner], metric), values(rows, metric))] = "welch"
@@ -80,6 +81,24 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
             for row in column[winner]:
                 setattr(row, f"p_{metric}", max(p_values))
                 setattr(row, f"test_{metric}", p_values[max(p_values)])
+
+
+def _of_common_seeds(
+    first: str, second: str, predictions: Mapping[str, Mapping[int, Prediction]]
+) -> tuple[Mapping[int, Prediction], Mapping[int, Prediction]]:
+    """Predictions of two methods for all seeds of the one that has fewer; none if it has others.
+
+    No seed changes the base model, so one prediction of ``zero_shot`` stands for all.
+    """
+    one, other = predictions.get(first, {}), predictions.get(second, {})
+    if first == ZERO_SHOT and one:
+        one = dict.fromkeys(other, next(iter(one.values())))
+    if second == ZERO_SHOT and other:
+        other = dict.fromkeys(one, next(iter(other.values())))
+    common = one.keys() & other.keys()
+    if len(common) < min(len(one), len(other)):
+        return {}, {}
+    return {seed: one[seed] for seed in sorted(common)}, {seed: other[seed] for seed in sorted(common)}
 
 
 def significant(column: Column, metric: str, name: str) -> bool:

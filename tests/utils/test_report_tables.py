@@ -116,6 +116,20 @@ def test_welch_never_calls_a_single_seed_significant():
     assert not significant(column, "nll", "a")
 
 
+def test_methods_are_paired_over_the_seeds_of_the_one_that_has_fewer():
+    """The base model's one prediction stands for every seed; seeds without a partner fall to Welch's test."""
+    runs = {"sgp": (0, 1, 2), "mle": (0, 1), "zero_shot": (0,)}
+    column = {m: [make_row(m, s, 0.1 if m == "sgp" else 0.9) for s in seeds] for m, seeds in runs.items()}
+    good, bad = prediction(0, 4.0), prediction(0, 0.5)
+    predictions = {m: dict.fromkeys(seeds, good if m == "sgp" else bad) for m, seeds in runs.items()}
+    mark_significant(column, predictions)
+    assert column["sgp"][0].test_nll == "paired"
+    assert significant(column, "nll", "sgp")
+    predictions["mle"] = dict.fromkeys((1, 3), bad)
+    mark_significant(column, predictions)
+    assert column["sgp"][0].test_nll == "welch"
+
+
 def test_the_best_is_bold_only_if_it_beats_every_other():
     values = {"a": (0.10, 0.11, 0.12), "b": (0.90, 0.91, 0.92)}
     rows = [make_row(m, s, nll) for m, seeds in values.items() for s, nll in enumerate(seeds)]
