@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AT_ONCE = 2**25
+"""Logits that become float32 together where no gradient is wanted (128 MiB)."""
+
 
 @dataclass
 class Batch:
@@ -92,8 +95,19 @@ def choice_scores(logits: Tensor, batch: Batch) -> Tensor:
     if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, expected (N, K, V) = {(*expected, 'V')}")
     row = torch.arange(logits.shape[0], device=logits.device)[:, None, None]
-    log_normaliser = torch.logsumexp(logits.float(), dim=-1)  # (N, K)
+    log_normaliser = log_normalisers(logits)
     token_logit = logits[row, batch.choice_source, batch.choice_token].float()  # (N, C, L)
     log_prob = token_logit - log_normaliser[row, batch.choice_source]
     scores = (batch.choice_weight * log_prob).sum(dim=-1)
     return scores.masked_fill(~batch.choice_exists, float("-inf"))
+
+
+def log_normalisers(logits: Tensor) -> Tensor:
+    """log sum_v exp(logits), (N, K) float32, of (N, K, V) logits of any floating type.
+
+    Where no gradient is wanted, a few rows at a time become float32, so that no second copy of the logits is made.
+    """
+    if logits.requires_grad:
+        return torch.logsumexp(logits.float(), dim=-1)
+    rows = max(1, AT_ONCE // logits[0].numel())
+    return torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(rows)])

@@ -105,7 +105,7 @@ def plan_memory(
     tokens, scored = shape.rows * shape.tokens, shape.rows * shape.keep
     training = tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
     training += scored * text.vocab_size * (dtype.itemsize + 8)
-    evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * (dtype.itemsize + 4)
+    evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * dtype.itemsize
     adapter = STATE_BYTES * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))
     return MemoryPlan(
         model=weight_bytes(model, quantization) // shards,

@@ -10,7 +10,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.data.batch import choice_scores
+from utils.data.batch import choice_scores, log_normalisers
 from utils.data.encode import Encoder
 from utils.data.example import Choice, DataError, Example
 from utils.data.model_limits import position_limit
@@ -119,6 +119,18 @@ def test_bfloat16_is_finite(tokenizer, examples):
     scores = choice_scores(model(**batch.model_inputs()).logits, batch)
     assert scores.dtype == torch.float32
     assert torch.isfinite(scores[batch.choice_exists]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_normalisers_do_not_depend_on_how_many_rows_go_at_once(rows, monkeypatch):
+    logits = torch.randn(5, 3, 11, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = torch.logsumexp(logits.double(), dim=-1)
+    monkeypatch.setattr("utils.data.batch.AT_ONCE", rows * 33)
+    for wanted in (False, True):
+        found = log_normalisers(logits.clone().requires_grad_(wanted))
+        assert found.dtype == torch.float32
+        assert found.requires_grad == wanted
+        torch.testing.assert_close(found.detach().double(), expected, rtol=0, atol=1e-6)
 
 
 def test_tile_repeats_the_batch_below_itself(tokenizer, examples):
