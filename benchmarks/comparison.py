@@ -85,7 +85,7 @@ AS_MLE = ("ensemble",)
 POST_HOC = ("temperature", "laplace", "laplace_last", "tfb")
 COMMON = (
     *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
-    *("eval.n_mc=10", "eval.zero_shot=false", "eval.figures=false"),
+    *("eval.n_mc=10", "eval.zero_shot=false", "eval.save_validation=true", "eval.figures=false"),
 )
 
 

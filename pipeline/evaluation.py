@@ -107,6 +107,8 @@ def finish(run: Run, step: int) -> None:
     bins = {}
     zero_shot: list[int | str] = ["zero_shot"] if cfg.eval.zero_shot else []
     for mc in [*zero_shot, *run.method.modes(cfg.eval.n_mc)]:
+        if cfg.eval.save_validation and run.data.validation:
+            report(run, epoch, step, "validation", mc, *logits_of(run, run.data.validation, mc, "validation"), {})
         inside, answer = logits_of(run, run.data.test, mc, "test")
         report(run, epoch, step, "test", mc, inside, answer, {})
         if mc != "zero_shot":
@@ -130,9 +132,10 @@ def report(
     metrics = evaluate_predictions(logits, answer) | more
     run.log.final(epoch=epoch, step=step, split=split, mc=mc, metrics=metrics)
     if run.world.main:
-        examples = run.data.test if split == "test" else run.data.ood[split.removeprefix("ood:")]
+        sets = {"validation": run.data.validation, "test": run.data.test}
+        sets |= {f"ood:{name}": examples for name, examples in run.data.ood.items()}
         name = f"predictions_{split.replace(':', '_')}_mc{mc}.npz"
-        save_predictions(run.folder / name, logits, answer, [example.id for example in examples])
+        save_predictions(run.folder / name, logits, answer, [example.id for example in sets[split]])
 
 
 def detection(inside: Tensor, outside: Tensor) -> dict[str, float]:

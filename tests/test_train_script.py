@@ -458,6 +458,15 @@ def test_evaluation_without_training_data(tmp_path, overrides):
     assert (tmp_path / "run" / "reliability.png").exists()
 
 
+def test_validation_predictions_may_be_saved(tmp_path, overrides):
+    execute(overrides("train.max_steps=1", "eval.save_validation=true", "eval.figures=false"))
+    finals = [(r["split"], r["mc"]) for r in read_metrics(tmp_path / "run") if r["kind"] == "final"]
+    assert finals == [(split, mc) for mc in ("zero_shot", 3, "mean") for split in ("validation", "test")]
+    with np.load(tmp_path / "run" / "predictions_validation_mc3.npz") as saved:
+        assert saved["logits"].shape == (3, 5, 3)
+        assert saved["ids"].tolist() == [f"q{n}" for n in range(20, 25)]
+
+
 def test_what_the_end_of_a_run_may_leave_out(tmp_path, overrides):
     execute(overrides("train.max_steps=1", "eval.zero_shot=false", "eval.figures=false"))
     finals = [record["mc"] for record in read_metrics(tmp_path / "run") if record["kind"] == "final"]

@@ -4,7 +4,9 @@ python -m utils.report RUNS... [--out DIR] [--split test]
 python -m utils.report --from-csv results.csv... [--out DIR] [--split test]
 
 RUNS are run folders, or folders that hold some. Writes results.csv (a row per evaluation), report.md, report.tex,
-report.csv and figures to DIR. With --from-csv the tables, and the figure of accuracy against calibration, are made
+report.csv and figures to DIR. Where runs
+have saved their validation predictions (eval.save_validation), tables say what temperature scaling makes of every
+method. With --from-csv the tables, and the figure of accuracy against calibration, are made
 from the numbers in one or more results.csv alone.
 """
 
@@ -22,7 +24,7 @@ from utils.report_figures import (
 )
 from utils.report_rows import Row, read_csv, write_csv
 from utils.report_runs import collect, load_prediction, load_scores
-from utils.report_scores import Prediction
+from utils.report_scores import Prediction, ece, example_losses, fit_temperature, scaled
 from utils.report_tables import Column, aggregates_csv, columns, latex, mark_significant, markdown, tables
 from utils.run import open_atomic
 
@@ -44,6 +46,7 @@ def report_runs(roots: Sequence[Path], out: Path, split: str) -> tuple[list[Path
         for task, column in columns(rows, model, split).items():
             predictions = _predictions(column, files)
             mark_significant(column, predictions)
+            _scale(column, files)
             names = (model, task) if len(models) > 1 else (task,)
             if found := {name: of_seeds for name, of_seeds in predictions.items() if of_seeds}:
                 written.append(draw_reliability(found, out / file_name("reliability", *names)))
@@ -129,6 +132,18 @@ def _predictions(column: Column, files: Files) -> dict[str, dict[int, Prediction
         name: {row.seed: found for row in rows if (found := load_prediction(_file(row, files)))}
         for name, rows in sorted(column.items())
     }
+
+
+def _scale(column: Column, files: Files) -> None:
+    """Write to rows what temperature scaling makes of them, where the validation split was saved."""
+    for row in (row for rows in column.values() for row in rows):
+        path = files.get((*row.run, "validation", row.mc))
+        judged, own = load_prediction(path) if path else None, load_prediction(_file(row, files))
+        if judged is not None and own is not None:
+            row.temperature = fit_temperature(judged)
+            changed = scaled(own, row.temperature)
+            row.nll_scaled = float(example_losses(changed.log_probs, changed.answer)["nll"].mean())
+            row.ece_scaled = ece(changed.log_probs, changed.answer)
 
 
 def _curves(column: Column, files: Files) -> dict[str, list[Any]]:

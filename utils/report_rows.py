@@ -23,6 +23,8 @@ class Row:
     Attributes:
         p_acc: Only at the best method of a column: the largest p value against the others (also p_nll, ...).
         test_acc: The test behind it: paired or welch (also test_nll, ...).
+        temperature: T that the run's validation split asks for, where that was saved.
+        nll_scaled: NLL with the predictive distribution scaled by it (also ece_scaled).
     """
 
     model: str
@@ -49,6 +51,9 @@ class Row:
     test_nll: str = ""
     test_ece: str = ""
     test_brier: str = ""
+    temperature: float | None = None
+    nll_scaled: float | None = None
+    ece_scaled: float | None = None
 
     @property
     def run(self) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import t as student_t
 from scipy.stats import ttest_ind
@@ -42,6 +43,22 @@ def running_log_probs(logits: np.ndarray) -> np.ndarray:
     """
     sums = np.logaddexp.accumulate(log_softmax(logits.astype(np.float64), axis=-1), axis=0)
     return sums - np.log(np.arange(1, len(logits) + 1))[:, None, None]
+
+
+def fit_temperature(prediction: Prediction) -> float:
+    """The T in [1/100, 100] for which ``scaled(prediction, T)`` has the lowest NLL (Guo et al., ICML 2017)."""
+
+    def nll(log_T: float) -> float:
+        losses = example_losses(scaled(prediction, float(np.exp(log_T))).log_probs, prediction.answer)
+        return float(losses["nll"].mean())
+
+    bound = np.log(100.0)
+    return float(np.exp(minimize_scalar(nll, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def scaled(prediction: Prediction, T: float) -> Prediction:
+    """The prediction with probabilities p^(1/T), normalised."""
+    return Prediction(prediction.ids, prediction.answer, log_softmax(prediction.log_probs / T, axis=-1))
 
 
 def example_losses(log_probs: np.ndarray, answer: np.ndarray) -> dict[str, np.ndarray]:

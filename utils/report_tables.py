@@ -22,6 +22,16 @@ CAPTION = (
     "Others by Welch's t-test over seeds, where a single seed is never significant. Rows marked (mean) are left out."
 )
 
+SCALED = {
+    "nll_scaled": "NLL (nats) after temperature scaling",
+    "ece_scaled": "ECE after temperature scaling",
+    "temperature": "temperature",
+}
+SCALED_CAPTION = (
+    "Every run's predictive distribution p becomes p^(1/T), normalised; T has the lowest NLL on the run's validation "
+    "split (Guo et al., 2017). Mean ± standard deviation over seeds."
+)
+
 
 @dataclass
 class Table:
@@ -129,6 +139,7 @@ def tables(rows: Sequence[Row], split: str) -> list[Table]:
             found[-1].caption += f" Not run: {'; '.join(missing)}."
         if of_model:
             found.append(_summary(model, of_model, names, split))
+            found += _scaled(model, of_model, names, split)
         if any(row.model == model and row.split.startswith("ood:") for row in rows):
             found.append(_shifted(rows, model))
     return found
@@ -211,6 +222,20 @@ def _summary(model: str, of_model: Mapping[str, Column], names: Sequence[str], s
         "best method over its seeds; 0 for one seed). Reductions relative to mle, averaged over the tasks of both."
     )
     return Table(f"{model}: summary on {split}", caption, cells)
+
+
+def _scaled(model: str, of_model: Mapping[str, Column], names: Sequence[str], split: str) -> list[Table]:
+    """What temperature scaling makes of every method, as far as it is known."""
+    found = []
+    for metric, title in SCALED.items():
+        cells = [[("method", False), *((task, False) for task in of_model)]]
+        for name in names:
+            cells.append(
+                [(name, False), *((spread(values(c.get(name, []), metric)), False) for c in of_model.values())]
+            )
+        if any(text for line in cells[1:] for text, _ in line[1:]):
+            found.append(Table(f"{model}: {title} on {split}", SCALED_CAPTION, cells))
+    return found
 
 
 def _within(column: Column, metric: str, name: str) -> bool:

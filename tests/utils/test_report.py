@@ -28,7 +28,7 @@ def scores(method: str, seed: int, task: str, samples: int) -> tuple[torch.Tenso
 
 
 def write_run(
-    folder: Path, method: str = "mle", seed: int = 0, task: str = "arc", *, ood: bool = False, epochs: int = 2
+    folder: Path, method: str = "mle", seed: int = 0, task: str = "arc", *, ood: bool = False, epochs: int = 2, more=()
 ) -> Path:
     log = RunLogger(folder, io.StringIO())
     config = {
@@ -41,7 +41,7 @@ def write_run(
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     write_json_atomic(folder / "environment.json", {"git_commit": "abc"})
     modes = [("zero_shot", 1), *([(8, 8)] if method == "sgp" else []), ("mean", 1)]
-    for split in ["test", *(["ood:far"] if ood else [])]:
+    for split in ["test", *(["ood:far"] if ood else []), *more]:
         for mc, samples in modes:
             logits, answer = scores("zero_shot" if mc == "zero_shot" else method, seed, task, samples)
             metrics = evaluate_predictions(logits, answer)
@@ -86,6 +86,25 @@ def test_report_of_runs_and_round_trip_through_csv(runs, tmp_path, capsys):
     far = first["report.md"].split("out of distribution")[1]
     assert "| arc (64) | far | sgp |" in far
     assert "0.7500 ± 0.0000 | 0.6250 ± 0.0000" in far
+
+
+def test_temperature_scaling_of_runs_that_saved_validation_predictions(tmp_path):
+    """With the same scores on both splits T is the best for test; scaling its scores by T gives the same numbers."""
+    for method in ("mle", "sgp"):
+        write_run(tmp_path / "runs" / method, method, more=("validation",))
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    rows = {r.method: r for r in read_csv(tmp_path / "out" / "results.csv") if r.split == "test" and r.mc != "8"}
+    assert 2 < rows["mle"].temperature < 10, "its scores are too large"
+    logits, answer = scores("mle", 0, "arc", 1)
+    expected = evaluate_predictions(logits / rows["mle"].temperature, answer)
+    assert rows["mle"].nll_scaled == pytest.approx(expected["nll"], rel=1e-5)
+    assert rows["mle"].ece_scaled == pytest.approx(expected["ece"], abs=1e-6)
+    for other in (0.95, 1.05):
+        worse = evaluate_predictions(logits / (other * rows["mle"].temperature), answer)
+        assert worse["nll"] > rows["mle"].nll_scaled
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "NLL (nats) after temperature scaling on test" in text
+    assert f"| mle | {rows['mle'].nll_scaled:.4f} |" in text
 
 
 def test_files_of_different_tasks_make_one_report(runs, tmp_path, capsys):
