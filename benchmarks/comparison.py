@@ -5,17 +5,19 @@
 
 For every task and every method that trains, each learning rate in ``RATES`` is trained once with ``TUNING_SEED``;
 further ones follow while the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's
-own setting (``OWN``) at the best rate. Each is judged by the method's own prediction on validation data; test data is
-not read. Two selections are made (``RULES``): the setting with the lowest NLL, each method at its best; and that with
-the highest accuracy, as settings are chosen where nobody looks at probabilities. The chosen are then trained with the
-seeds 0, 1, 2 and evaluated on test. Methods that only add to a trained LoRA adapter (``POST_HOC``) start from those of
-``mle``. Finished runs are skipped, so the command can be repeated after a kill. ``by_<rule>.txt`` lists the runs of a
-selection for the report, ``tuning.json`` what the search found.
+own setting (``OWN``) at the best rates. Each is judged by the method's own prediction on validation data; test data is
+not read. Methods that have no search of their own (``AS_MLE``, ``POST_HOC``) have the setting of ``mle``, from whose
+adapters the latter start. Two selections are made (``RULES``): the setting with the lowest NLL, each method at its
+best; and that with the highest accuracy, as settings are chosen where nobody looks at probabilities. The chosen are
+trained with the seeds 0, 1, 2 and evaluated on test. Finished runs are skipped, so the command can be repeated after a
+kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json`` what the search found.
 
 Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first).
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +76,7 @@ OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "scalabl": {"eps_0.2": ("method.factory.init_eps=0.2",), "equal_kl": ("method.factory.gamma=null",)},
     "sgp": {"sd_b_0.7": ("inducing.prior_sd_b=0.7",), "sd_b_2.8": ("inducing.prior_sd_b=2.8",)},
 }
-"""Two other values of a setting of the method's own, tried at the best learning rate."""
+"""Two other values of a setting of the method's own, tried at the best learning rate by either rule."""
 RULES = {
     "nll": lambda found: (found["nll"], -found["acc"]),
     "acc": lambda found: (-found["acc"], found["nll"]),
@@ -160,7 +162,7 @@ class Comparison(NamedTuple):
 
         yield jobs([Setting(rate) for rate in RATES[method]])
         for _ in range(EXTENSIONS):
-            yield jobs(beyond(self.found(task, method, tried)))
+            yield jobs([s for s in beyond(self.found(task, method, tried)) if s not in tried])
         best = chosen(self.found(task, method, tried))
         yield jobs([Setting(rate, own) for rate in sorted({s.rate for s in best.values()}) for own in OWN[method]])
 
@@ -226,12 +228,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
     arguments = parser.parse_args(argv)
     comparison = Comparison(arguments.out.resolve(), arguments.overrides)
+    begun = comparison.out / "overrides.json"
+    if begun.exists() and json.loads(begun.read_text()) != arguments.overrides:
+        parser.error(
+            f"{comparison.out} holds a comparison with the overrides in {begun.name}: use them, or another --out"
+        )
+    write_json_atomic(begun, arguments.overrides)
     chains = [comparison.chain(task, method) for task in arguments.tasks for method in RATES]
     with processes(arguments.jobs) as pool:
         complete = run_chains(pool, chains, arguments.jobs, arguments.seconds)
     comparison.write_lists(arguments.tasks)
     if not complete:
-        print(f"stopped after {arguments.seconds:g} s: the same command goes on")
+        print("not complete: the same command goes on")
+    if not any((comparison.out / f"by_{rule}.txt").stat().st_size for rule in RULES):
+        sys.exit("no run on test has finished: see the lines above")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +111,9 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             running[pool.submit(work, job)] = (index, job)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             index, job = running.pop(future)
+            if isinstance(future.exception(), BrokenExecutor):
+                print(f"{job.folder}: a worker process died, perhaps for want of memory: use fewer --jobs", flush=True)
+                return False
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {future.result() or 'done'}", flush=True)
             left[index] -= 1
             if not left[index]:

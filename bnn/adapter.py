@@ -61,6 +61,9 @@ class SGPLoraConfig(LoraConfig):
             "layer_replication": self.layer_replication,
             "init_lora_weights": self.init_lora_weights if isinstance(self.init_lora_weights, str) else None,
         }
+        for name in ("prior_sd", "prior_sd_b", "mean_gain", "q_sd", "d_init", "d_init_zero"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0")
         for name, value in unsupported.items():
             if value:
                 raise ValueError(f"SGP-LoRA does not support {name}={value!r}: remove it from the configuration")

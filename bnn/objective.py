@@ -1,4 +1,4 @@
-"""The evidence lower bound as it is minimised (MATH.md "Objective"; Eq. 31 for the conditional term)."""
+"""The evidence lower bound as it is minimised (Lin et al., 2026; Eq. 31 is the KL's conditional term)."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Monte-Carlo prediction over posterior samples (MATH.md "Prediction and metrics")."""
+"""Monte-Carlo prediction: the scores of every example under every posterior sample."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

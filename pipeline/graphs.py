@@ -1,6 +1,5 @@
 """Training on a GPU by CUDA graphs: one launch in the place of the thousands that a small model is bound by."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 
 from bnn.objective import Loss
 from utils.data.batch import Batch
-
-logger = logging.getLogger("train")
 
 Body = Callable[[Batch, Any, Any], Loss]
 """(batch, weight, beta) -> the weighted loss and its parts; adds gradients to the parameters."""
@@ -32,16 +29,27 @@ class StepGraphs:
 
     The first batch of a shape runs as usual, the second is recorded, later ones are replayed; all give the same
     gradients. A recording fixes everything but the batch's tensors, the two scalars and the random numbers, so what
-    else differs between steps belongs into ``variant``. Where recording fails (a model that waits for the device, such
-    as a mixture of experts; memory that runs out), a warning says so and training goes on without graphs.
+    else differs between steps belongs into ``variant``. The graphs keep their memory: a batch of a new shape needs as
+    much again.
 
     Args:
         parameters: what is trained; they must stay in place.
         generator: of the draws inside the recorded part, seeded anew between steps.
-        device: a GPU.
+        device: the current GPU.
+        num_choices: C of every batch.
+        multiple: of what the widths of batches must be multiples, so that there are few shapes.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], generator: torch.Generator, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        generator: torch.Generator,
+        device: torch.device,
+        num_choices: int = 1,
+        multiple: int = 1,
+    ) -> None:
+        self.padding = {"num_choices": num_choices, "multiple": multiple}
+        """What ``Encoder.collate`` must be told."""
         self._parameters = parameters
         self._generator = generator
         self._device = device
@@ -49,27 +57,26 @@ class StepGraphs:
         self._scalars = torch.empty(2, device=device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Any, Recorded | None] = {}
-        self._given_up = False
+
+    @property
+    def recorded(self) -> int:
+        """Number of graphs."""
+        return sum(graph is not None for graph in self._graphs.values())
 
     def __call__(self, body: Body, batch: Batch, weight: float, beta: float, variant: Any) -> Loss:
-        """``body(batch, weight, beta)`` by the graph for this shape, variant, and set of parameters with a gradient."""
+        """``body(batch, weight, beta)`` by the graph for this shape, variant, and set of parameters with a gradient.
+
+        Raises:
+            RuntimeError: if a step cannot be recorded: the model waits for the device (a mixture of experts does), or
+                there is too little memory.
+        """
         fresh = tuple(p.grad is None for p in self._parameters)
         key = (variant, fresh, batch.keep, *(t.shape for t in _tensors(batch)))
-        if self._given_up or key not in self._graphs:
-            self._graphs.setdefault(key)
+        if key not in self._graphs:
+            self._graphs[key] = None
             return body(batch.to(self._device), weight, beta)
         self._keep_gradients()
-        if self._graphs[key] is None:
-            try:
-                self._graphs[key] = self._record(body, batch.to(self._device))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                logger.warning("going on without CUDA graphs: a step cannot be recorded (%s)", reason)
-                self._given_up = True
-                self._graphs.clear()
-                return body(batch.to(self._device), weight, beta)
-        recorded = self._graphs[key]
-        assert recorded is not None
+        recorded = self._graphs[key] = self._graphs[key] or self._record(body, batch.to(self._device))
         for fixed, t in zip(_tensors(recorded.batch), _tensors(batch), strict=True):
             fixed.copy_(t, non_blocking=True)
         self._scalars.copy_(torch.tensor([weight, beta]))
@@ -84,6 +91,12 @@ class StepGraphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 loss = body(batch, *self._scalars)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(
+                f"a training step cannot be recorded as a CUDA graph ({reason}): set train.graph_padding=null; a run "
+                "that has a checkpoint can be resumed with it"
+            ) from error
         finally:
             after = [p.grad for p in self._parameters]
             for p, grad in zip(self._parameters, before, strict=True):

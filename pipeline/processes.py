@@ -21,8 +21,7 @@ def _begin(counter: Any, gpus: int, n: int) -> None:
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
     if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % gpus]
+        torch.cuda.set_device(index % gpus)  # what device=auto means here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
     logging.disable(logging.INFO)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the worker lives

@@ -131,7 +131,8 @@ def plan(
 ) -> MemoryPlan:
     """The memory that the longest training batch will need."""
     longest = sorted(data.train or data.test, key=encoder.length)[-cfg.train.batch_size :]
-    batch = encoder.collate(longest)
+    graphs = cfg.train.graph_padding is not None and world.device.type == "cuda"
+    batch = encoder.collate(longest, multiple=cfg.train.graph_padding if graphs else 1)
     rows = -(-len(longest) // world.size) * cfg.train.n_mc
     sizes = (cfg.inducing.inducing_rows, cfg.inducing.inducing_cols) if cfg.method.name == "sgp" else ()
     keys = inspect.signature(load_config).parameters
@@ -146,4 +147,5 @@ def plan(
         checkpointing=cfg.llm.gradient_checkpointing,
         eval_tokens=cfg.eval.max_tokens_per_forward,
         shards=world.size if cfg.train.fsdp else 1,
+        graphs=graphs,
     )

@@ -76,18 +76,13 @@ def train(run: Run) -> int:
 
 
 def step_graphs(run: Run) -> StepGraphs | None:
-    """CUDA graphs of training steps where ``train.graph_padding`` asks for them; None on a CPU.
-
-    Raises:
-        ValueError: for sharded weights, whose exchange between processes is not recorded.
-    """
-    cfg = run.cfg.train
-    if cfg.graph_padding is None or run.device.type != "cuda":
+    """CUDA graphs of training steps where ``train.graph_padding`` asks for them; None on a CPU."""
+    multiple = run.cfg.train.graph_padding
+    if multiple is None or run.device.type != "cuda":
         return None
-    if cfg.fsdp:
-        raise ValueError(f"train.graph_padding={cfg.graph_padding} does not go with train.fsdp=true: set it to null")
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    return StepGraphs(parameters, run.generator, run.device)
+    most = max(len(example.choices) for example in run.data.train)
+    return StepGraphs(parameters, run.generator, run.device, most, multiple)
 
 
 def accumulate(run: Run, examples: list[Example], beta: float, graphs: StepGraphs | None = None) -> Loss:
@@ -103,13 +98,10 @@ def accumulate(run: Run, examples: list[Example], beta: float, graphs: StepGraph
         share = torch.full((), weight, device=run.device) if isinstance(weight, float) else weight
         return Loss(*(share * value.detach() for value in loss))
 
-    n_mc, few_shapes = run.cfg.train.n_mc, {}
-    if graphs:
-        most = max(len(example.choices) for example in run.data.train)
-        few_shapes = {"num_choices": most, "multiple": run.cfg.train.graph_padding}
+    n_mc, padding = run.cfg.train.n_mc, graphs.padding if graphs else {}
     parts = []
     for micro, weight in run.world.micro_batches(examples, run.cfg.train.batch_size):
-        batch = run.encoder.collate(micro, **few_shapes).tile(n_mc)
+        batch = run.encoder.collate(micro, **padding).tile(n_mc)
         for member, _ in enumerate(run.method.members(run.model)):
             if graphs:
                 parts.append(graphs(backward, batch, weight, beta, variant=member))

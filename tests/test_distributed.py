@@ -28,6 +28,7 @@ RUNS = {
     "mle_fsdp": ("method=mle", "train.fsdp=true"),
     "sgp": ("train.n_mc=2",),
     "sgp_fsdp": ("train.n_mc=2", "train.fsdp=true"),
+    "tied": ("method=mle", "llm.architecture.tie_word_embeddings=true", "train.fsdp=true"),
     "cut": ("method=mle",),
 }
 
@@ -100,7 +101,7 @@ def scores(folder: Path, name: str, mc: str) -> np.ndarray:
     return np.load(folder / name / f"predictions_test_mc{mc}.npz")["logits"]
 
 
-@pytest.mark.parametrize("name", ["mle", "mle_fsdp"])
+@pytest.mark.parametrize("name", ["mle", "mle_fsdp", "tied"])
 def test_without_noise_two_processes_train_and_predict_as_one(folders, name):
     for one, two in zip(steps(folders["one"], name), steps(folders["two"], name), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

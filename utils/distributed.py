@@ -30,6 +30,8 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             state = PartialState(cpu=device.type == "cpu")
             self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
+        if self.device.type == "cuda":  # CUDA graphs are recorded on the current device
+            torch.cuda.set_device(self.device)
 
     @property
     def main(self) -> bool:

@@ -23,7 +23,7 @@ from utils.report_figures import (
 )
 from utils.report_rows import Row, read_csv, write_csv
 from utils.report_runs import collect, load_prediction, load_scores
-from utils.report_scores import Prediction, ece, example_losses, fit_temperature, scaled
+from utils.report_scores import Prediction, fit_temperature, scaled, score
 from utils.report_tables import Column, aggregates_csv, columns, latex, mark_significant, markdown, tables
 from utils.run import open_atomic
 
@@ -141,8 +141,7 @@ def _scale(column: Column, files: Files) -> None:
         if judged is not None and own is not None:
             row.temperature = fit_temperature(judged)
             changed = scaled(own, row.temperature)
-            row.nll_scaled = float(example_losses(changed.log_probs, changed.answer)["nll"].mean())
-            row.ece_scaled = ece(changed.log_probs, changed.answer)
+            row.nll_scaled, row.ece_scaled = score(changed, "nll"), score(changed, "ece")
 
 
 def _curves(column: Column, files: Files) -> dict[str, list[Any]]:

@@ -73,6 +73,13 @@ def example_losses(log_probs: np.ndarray, answer: np.ndarray) -> dict[str, np.nd
     }
 
 
+def score(prediction: Prediction, metric: str) -> float:
+    """acc, nll (nats), ece or brier of one prediction."""
+    if metric == "ece":
+        return ece(*_parts(prediction))
+    return float(example_losses(*_parts(prediction))[metric].mean())
+
+
 def bin_gaps(log_probs: np.ndarray, answer: np.ndarray, n_bins: int = N_BINS) -> np.ndarray:
     """(N, n_bins): right-or-wrong minus confidence of each example in the column of its bin, 0 elsewhere."""
     confidence = np.exp(log_probs.max(axis=1))

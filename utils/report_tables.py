@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row, own_predictions
-from utils.report_scores import ALPHA, Prediction, pairable, paired_p, welch_p
+from utils.report_scores import ALPHA, Prediction, pairable, paired_p, score, welch_p
 
 SHOWN_AS_MEAN = ("sgp",)
 """Methods whose prediction with the posterior mean has a row of its own."""
@@ -82,9 +82,10 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
         for name, rows in column.items():
             if winner is None or name == winner or not values(rows, metric):
                 continue
-            one, other = _of_common_seeds(winner, name, predictions)
+            one, other = _of_common_seeds(column, winner, name, predictions)
             if pairable(one, other):
-                p_values[paired_p(one, other, metric)] = "paired"
+                ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
+                p_values[paired_p(one, other, metric) if ahead else 1.0] = "paired"
             else:
                 p_values[welch_p(values(column[winner], metric), values(rows, metric))] = "welch"
         if winner is not None and p_values:
@@ -94,21 +95,28 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
 
 
 def _of_common_seeds(
-    first: str, second: str, predictions: Mapping[str, Mapping[int, Prediction]]
+    column: Column, first: str, second: str, predictions: Mapping[str, Mapping[int, Prediction]]
 ) -> tuple[Mapping[int, Prediction], Mapping[int, Prediction]]:
-    """Predictions of two methods for all seeds of the one that has fewer; none if it has others.
+    """Predictions of two methods for all seeds of the one that was run with fewer; none where they are not all there.
 
     No seed changes the base model, so one prediction of ``zero_shot`` stands for all.
     """
     one, other = predictions.get(first, {}), predictions.get(second, {})
+    needed = [len(column[name]) for name in (first, second) if name != ZERO_SHOT]
     if first == ZERO_SHOT and one:
         one = dict.fromkeys(other, next(iter(one.values())))
     if second == ZERO_SHOT and other:
         other = dict.fromkeys(one, next(iter(other.values())))
-    common = one.keys() & other.keys()
-    if len(common) < min(len(one), len(other)):
+    common = sorted(one.keys() & other.keys())
+    if len(common) < min(needed, default=1):
         return {}, {}
-    return {seed: one[seed] for seed in sorted(common)}, {seed: other[seed] for seed in sorted(common)}
+    return {seed: one[seed] for seed in common}, {seed: other[seed] for seed in common}
+
+
+def _favours(one: Mapping[int, Prediction], other: Mapping[int, Prediction], metric: str) -> bool:
+    """Whether the mean of a metric over these predictions is better for ``one``."""
+    means = [fmean(score(prediction, metric) for prediction in own.values()) for own in (one, other)]
+    return means[0] > means[1] if metric == "acc" else means[0] < means[1]
 
 
 def significant(column: Column, metric: str, name: str) -> bool:

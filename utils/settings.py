@@ -30,6 +30,7 @@ RANGES = {
     **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
     **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),
 }
+SWITCHES = ("resume", "overwrite", "train.fsdp", "eval.zero_shot", "eval.save_validation", "eval.figures")
 NAMES = {
     "train.on_nonfinite": ("error", "skip"),
     "eval.split": ("train", "validation", "test"),
@@ -52,6 +53,9 @@ def check(cfg: DictConfig) -> None:
         if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
             wanted = f"a whole number, at least {low}" if key in COUNTS else f"a number in [{low:.3g}, {high:.3g}]"
             raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
+    for key in SWITCHES:
+        if type(value := OmegaConf.select(cfg, key)) is not bool:
+            raise ValueError(f"{key}={value}: expected true or false")
     for key, known in NAMES.items():
         if (value := OmegaConf.select(cfg, key)) not in known:
             raise ValueError(f"unknown {key}={value}; {near_matches(str(value), known)}")
@@ -65,6 +69,10 @@ def check(cfg: DictConfig) -> None:
     for key, example in {"peft.target_modules": "[q_proj,v_proj]", "eval.ood": "[arc_e,arc_c]"}.items():
         if not isinstance(value := OmegaConf.select(cfg, key), ListConfig):
             raise ValueError(f"{key}={value}: expected a list such as {example}")
+    if cfg.train.fsdp and cfg.train.graph_padding is not None:
+        raise ValueError(f"train.graph_padding={cfg.train.graph_padding} and train.fsdp=true exclude each other")
+    if cfg.train.fsdp and len(cfg.quantization):
+        raise ValueError("train.fsdp=true cannot shard quantised weights: set quantization=none")
     if cfg.resume and cfg.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
 

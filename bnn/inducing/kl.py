@@ -1,4 +1,4 @@
-"""KL terms of the objective, in nats (MATH.md "Objective")."""
+"""KL terms of the objective, in nats (Lin et al., 2026, Eq. 31; Ritter et al., 2021, section 3)."""
 
 import math
 

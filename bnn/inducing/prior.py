@@ -1,4 +1,4 @@
-"""Prior of the inducing matrix and its whitening (MATH.md notation; Ritter et al. 2021, section 3)."""
+"""Prior of the inducing matrix and its whitening (Ritter et al., 2021, section 3; notation: README, "Glossary")."""
 
 from typing import NamedTuple
 

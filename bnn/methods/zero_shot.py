@@ -34,7 +34,7 @@ class ZeroShot(MLE):
 
 def _checked(model: PeftModel) -> PeftModel:
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and any(p.any() for p in layer.lora_B.parameters()):
+        if isinstance(layer, LoraLayer) and any(p.any() for p in layer.lora_B.parameters() if not p.is_meta):
             raise ValueError(
                 f"method=zero_shot is the base model, but B of {name} is not 0: leave out train.init_adapter and "
                 "peft.init_lora_weights"

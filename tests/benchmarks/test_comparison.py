@@ -1,6 +1,7 @@
 """The comparison's search, its selections, and the whole of it on a random model."""
 
 import json
+import os
 from concurrent.futures import Executor, Future
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from benchmarks import comparison, workers
 from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen
 from benchmarks.workers import Job, run_chains
+from pipeline.processes import processes
 from pipeline.run import CONFIGS
 from utils.settings import compose
 
@@ -82,6 +84,17 @@ def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_pa
     assert run_chains(Serial(), [first(), second()], slots=1)
     assert made == ["a1", "b_fails", "b2", "a2"]
     assert "it fails" in capsys.readouterr().out
+
+
+def die(job: Job) -> None:
+    os.abort()
+
+
+def test_a_worker_that_dies_ends_the_work_with_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "work", die)
+    with processes(1) as pool:
+        assert not run_chains(pool, [iter([(0, [Job(tmp_path / "x", (), True)])])], slots=1)
+    assert "a worker process died" in capsys.readouterr().out
 
 
 def test_no_run_starts_after_the_time_is_up(tmp_path, made):

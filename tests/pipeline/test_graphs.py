@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_runs import FAST, row
 
+from pipeline import training
 from pipeline.run import CONFIGS, prepare
-from pipeline.training import accumulate, step_graphs, train
+from pipeline.training import accumulate, step_graphs
 from utils.run import read_metrics
 from utils.settings import compose
 
@@ -43,18 +44,22 @@ def test_a_cpu_has_no_graphs(command):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
-def test_losses_with_and_without_graphs(command, tmp_path, name):
+def test_losses_with_and_without_graphs(command, tmp_path, name, monkeypatch):
+    made = []
+    monkeypatch.setattr(training, "step_graphs", lambda run: made.append(step_graphs(run)) or made[-1])
     settings = ("device=cuda", "dtype=float32", "train.epochs=4", "train.log_every=1", "train.grad_accum=2")
     losses = {}
     for folder in ("eager", "graphs"):
         cfg = compose(CONFIGS, command("train.graph_padding=8", *settings, *METHODS[name], folder=folder))
         if folder == "eager":
             cfg.train.graph_padding = None
-        train(prepare(cfg))
+        training.train(prepare(cfg))
         losses[folder] = [r["loss"] for r in read_metrics(tmp_path / folder) if r["kind"] == "train"]
     assert len(losses["eager"]) >= 8
     assert losses["graphs"] == pytest.approx(losses["eager"], rel=2e-3)
     assert len(set(losses["graphs"])) > 4
+    assert made[0] is None
+    assert made[1].recorded > 0
 
 
 @pytest.mark.gpu
@@ -75,8 +80,23 @@ def test_gradients_of_replays(command, name):
         run.generator.manual_seed(0)
         accumulate(run, examples, 0.1, graphs)
         found.append([None if p.grad is None else p.grad.clone() for p in parameters])
+    assert graphs.recorded > 0
     for later in found[1:]:
         for first, second in zip(found[0], later, strict=True):
             assert (first is None) == (second is None)
             if first is not None:
                 torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5 * float(first.abs().max() + 1e-8))
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_device_is_refused_with_the_remedy(command, monkeypatch):
+    run = prepare(compose(CONFIGS, command("device=cuda", "train.graph_padding=8")))
+    real = training.negative_elbo
+
+    def waiting(scores, *arguments):
+        assert scores.sum().item() != 0
+        return real(scores, *arguments)
+
+    monkeypatch.setattr(training, "negative_elbo", waiting)
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph .*train\.graph_padding=null"):
+        training.train(run)

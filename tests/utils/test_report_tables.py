@@ -10,7 +10,16 @@ from scipy.stats import ttest_rel
 from bnn import metrics
 from utils.report_figures import sample_curve
 from utils.report_rows import Row, own_predictions
-from utils.report_scores import Prediction, ece, example_losses, pairable, paired_p, reliability, running_log_probs
+from utils.report_scores import (
+    Prediction,
+    ece,
+    example_losses,
+    pairable,
+    paired_p,
+    reliability,
+    running_log_probs,
+    score,
+)
 from utils.report_scores import welch_p as welch
 from utils.report_tables import best, columns, mark_significant, markdown, significant, tables
 
@@ -127,7 +136,25 @@ def test_methods_are_paired_over_the_seeds_of_the_one_that_has_fewer():
     assert significant(column, "nll", "sgp")
     predictions["mle"] = dict.fromkeys((1, 3), bad)
     mark_significant(column, predictions)
-    assert column["sgp"][0].test_nll == "welch"
+    assert column["sgp"][0].test_nll == "welch", "other seeds"
+    predictions["mle"] = {0: bad}
+    mark_significant(column, predictions)
+    assert column["sgp"][0].test_nll == "welch", "the prediction of a seed is missing"
+
+
+@pytest.mark.parametrize("metric", ["nll", "ece", "acc"])
+def test_common_seeds_that_favour_the_other_method_are_no_evidence(metric):
+    """sgp is best over its three seeds, but worse by far on the one seed that mle has too."""
+    column = {"sgp": [make_row("sgp", s, 0.1, ece_=0.01) for s in range(3)], "mle": [make_row("mle", 0, 0.5)]}
+    for row in column["sgp"]:
+        row.acc = 0.9
+    good, bad = prediction(0, 4.0), prediction(0, 0.5)
+    assert (score(good, metric) > score(bad, metric)) == (metric == "acc")
+    mark_significant(column, {"sgp": {0: bad, 1: good, 2: good}, "mle": {0: good}})
+    assert getattr(column["sgp"][0], f"p_{metric}") == 1.0
+    assert not significant(column, metric, "sgp")
+    mark_significant(column, {"sgp": dict.fromkeys(range(3), good), "mle": {0: bad}})
+    assert significant(column, metric, "sgp")
 
 
 def test_the_best_is_bold_only_if_it_beats_every_other():

@@ -14,13 +14,14 @@ def resolve_device(name: str) -> torch.device:
     """Turn a device name into a device that is there.
 
     Args:
-        name: `auto` (the first GPU, or the CPU where there is none), `cpu`, `cuda` or `cuda:<index>`.
+        name: `auto` (the process's current GPU, the first unless it has chosen another, or the CPU where there is
+            none), `cpu`, `cuda` (the current GPU) or `cuda:<index>`.
 
     Raises:
         LLMLoadError: The name is unknown, or the GPU it names is absent.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
@@ -28,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
         raise LLMLoadError(f"unknown device {name!r}{_near(name, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
     if not torch.cuda.is_available():
         raise LLMLoadError(f"device {name!r} asked for, but PyTorch finds no GPU: use device=cpu or device=auto")
-    index = int(match.group(1) or 0)
+    index = torch.cuda.current_device() if match.group(1) is None else int(match.group(1))
     count = torch.cuda.device_count()
     if index >= count:
         raise LLMLoadError(f"device {name!r} asked for, but the GPUs here are cuda:0 to cuda:{count - 1}")

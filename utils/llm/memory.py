@@ -76,6 +76,7 @@ def plan_memory(
     checkpointing: bool,
     eval_tokens: int,
     shards: int = 1,
+    graphs: bool = False,
 ) -> MemoryPlan:
     """Estimate a run's memory on one device.
 
@@ -95,6 +96,7 @@ def plan_memory(
         checkpointing: whether activations are recomputed.
         eval_tokens: bound on the tokens of a forward pass in evaluation.
         shards: processes that share the frozen weights.
+        graphs: whether training steps are CUDA graphs, which keep their memory while a batch of a new shape runs.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -105,6 +107,7 @@ def plan_memory(
     tokens, scored = shape.rows * shape.tokens, shape.rows * shape.keep
     training = tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
     training += scored * text.vocab_size * (dtype.itemsize + 8)
+    training *= 2 if graphs else 1
     evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * dtype.itemsize
     adapter = STATE_BYTES * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))
     return MemoryPlan(

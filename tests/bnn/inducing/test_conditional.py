@@ -30,7 +30,7 @@ def vec(X: Tensor) -> Tensor:
 
 
 class Case:
-    """One shape with its whitened frames and the dense K_r, K_c, T_r, T_c that MATH.md defines."""
+    """One shape with its whitened frames and the dense K_r, K_c, T_r, T_c (Eq. 8)."""
 
     def __init__(self, d_out: int, d_in: int, m_r: int, m_c: int, scale: float) -> None:
         noise = torch.Generator().manual_seed(0)

@@ -12,15 +12,19 @@ def gpus(monkeypatch):
     def install(count: int, capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return install
 
 
-def test_devices(gpus):
+def test_devices(gpus, monkeypatch):
     gpus(2)
     assert resolve_device("auto") == resolve_device("cuda") == GPU
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == GPU
     gpus(0)
     assert resolve_device("auto") == resolve_device("cpu") == CPU
 

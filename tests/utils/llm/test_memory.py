@@ -86,6 +86,7 @@ def test_what_takes_more_memory():
     assert estimate(config, shape, checkpointing=True).activations < base.activations / 5
     assert estimate(config, shape, dtype=torch.bfloat16).total < 0.6 * base.total
     assert estimate(config, shape, eval_tokens=10**7).activations > base.activations
+    assert estimate(config, shape, graphs=True).activations == 2 * base.activations
     assert estimate(config, shape, shards=4).model == base.model // 4
 
 
