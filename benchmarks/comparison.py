@@ -1,6 +1,6 @@
 """The comparison of methods: a small declared search on validation data, then three seeds on test data.
 
-    python -m benchmarks.comparison --out outputs/comparison --tasks sst2_500 arc_e_500 --jobs 2 paths.data_dir=/data
+    python -m benchmarks.comparison --out outputs/comparison --tasks small --jobs 32 paths.data_dir=/data
     python -m utils.report $(cat outputs/comparison/by_nll.txt) --out benchmarks/results/comparison/by_nll
 
 For every task and every method that trains, each learning rate in ``RATES`` is trained once with ``TUNING_SEED``;
@@ -49,6 +49,11 @@ TASKS: dict[str, tuple[str, ...]] = {
     "arc_c": (*CHOICES, "dset=arc_c", "train.epochs=5"),
     "boolq": (*CHOICES, "dset=boolq", "train.epochs=1"),
 }
+GRIDS = {
+    "small": ("sst2_500", "arc_e_500", "obqa_500", "cola_500", "sst2_100", "wg_s", "wg_m_500", "sst2_2000", "cola"),
+    "commonsense": ("wg_s", "arc_c", "arc_e", "wg_m", "obqa", "boolq"),
+}
+"""Tasks by the name of a whole grid, in the order of their importance."""
 RATES: dict[str, tuple[float, ...]] = {
     "mle": (6.67e-5, 2e-4, 6e-4, 1.8e-3),
     "map": (6.67e-5, 2e-4, 6e-4, 1.8e-3),
@@ -222,11 +227,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/comparison"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2_500", "arc_e_500"])
+    parser.add_argument("--tasks", nargs="+", choices=[*GRIDS, *TASKS], default=["small"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
     arguments = parser.parse_args(argv)
+    tasks = list(dict.fromkeys(task for name in arguments.tasks for task in GRIDS.get(name, (name,))))
     comparison = Comparison(arguments.out.resolve(), arguments.overrides)
     begun = comparison.out / "overrides.json"
     if begun.exists() and json.loads(begun.read_text()) != arguments.overrides:
@@ -234,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{comparison.out} holds a comparison with the overrides in {begun.name}: use them, or another --out"
         )
     write_json_atomic(begun, arguments.overrides)
-    chains = [comparison.chain(task, method) for task in arguments.tasks for method in RATES]
+    chains = [comparison.chain(task, method) for task in tasks for method in RATES]
     with processes(arguments.jobs) as pool:
         complete = run_chains(pool, chains, arguments.jobs, arguments.seconds)
-    comparison.write_lists(arguments.tasks)
+    comparison.write_lists(tasks)
     if not complete:
         print("not complete: the same command goes on")
     if not any((comparison.out / f"by_{rule}.txt").stat().st_size for rule in RULES):

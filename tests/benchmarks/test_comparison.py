@@ -152,6 +152,12 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
     ]
 
 
+def test_grids_name_tasks():
+    for grid in comparison.GRIDS.values():
+        assert len(set(grid)) == len(grid)
+        assert set(grid) <= comparison.TASKS.keys()
+
+
 @pytest.mark.parametrize("name", list(comparison.TASKS))
 def test_every_task_composes(name, tmp_path):
     overrides = Comparison(tmp_path).overrides(name, "sgp", 0, Setting(1e-3))
