@@ -2,7 +2,8 @@
 
 Written with module hooks: the predictive needs per-example gradients in the Kronecker eigenbasis, so inputs and output
 gradients of every LoRA matrix are captured anyway, for any ``score`` and any batch type. The factors are those of
-curvlinops (a test compares them where it is installed) except that tokens which reach no score, padding above all, do not enter averages.
+curvlinops (a test compares them where it is installed) except that tokens which reach no score, padding above all, do
+not enter averages.
 """
 
 import re
