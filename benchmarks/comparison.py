@@ -173,8 +173,6 @@ class Comparison(NamedTuple):
 
     def chain(self, task: str, method: str) -> Chain:
         """Search, then the runs on test by both rules; those of the second, of less interest, come last of all."""
-        if method == "mle":
-            yield 0, [self.zero_shot_job(task)]
         tried: list[Setting] = []
         for jobs in self.search(task, method, tried):
             yield 0, jobs
@@ -182,7 +180,7 @@ class Comparison(NamedTuple):
             yield priority, self.final_jobs(task, method, setting)
             if method == "mle":
                 others = [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
-                yield priority, [*self.post_hoc_jobs(task, setting), *others]
+                yield priority, [self.zero_shot_job(task), *self.post_hoc_jobs(task, setting), *others]
 
     def all_found(self, task: str, method: str) -> dict[Setting, dict[str, float]]:
         """What the search has found so far."""
