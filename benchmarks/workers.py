@@ -17,10 +17,13 @@ from bnn.metrics import evaluate_predictions
 from pipeline.evaluation import fit, keep_best, logits_of
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
+from utils.llm.errors import TooLittleMemoryError
 from utils.run import RELIABILITY_FILE, write_json_atomic
 from utils.settings import compose, one_line
 
 TUNED = "tuned.json"
+PAUSES = (5.0, 15.0, 45.0)
+"""Seconds before a run that found too little memory is tried again."""
 
 
 class Job(NamedTuple):
@@ -62,18 +65,28 @@ def execute(job: Job) -> None:
 
 
 def work(job: Job) -> str | None:
-    """``execute``; returns what went wrong, if anything: one failing run must not end the others."""
-    try:
-        execute(job)
-    except train_script.USER_ERRORS as error:
-        return one_line(error, CONFIGS)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return None
+    """``execute``; returns what went wrong, if anything: one failing run must not end the others.
+
+    A run for which other processes left too little memory is tried again after each of ``PAUSES``.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            execute(job)
+        except (torch.OutOfMemoryError, TooLittleMemoryError) as error:
+            failure: str | None = one_line(error, CONFIGS)
+        except train_script.USER_ERRORS as error:
+            return one_line(error, CONFIGS)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        else:
+            return None
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if pause is not None:
+            time.sleep(pause)
+    return failure
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:

@@ -5,12 +5,14 @@ import os
 from concurrent.futures import Executor, Future
 
 import pytest
+import torch
 
 from benchmarks import comparison, workers
 from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen
 from benchmarks.workers import Job, run_chains
 from pipeline.processes import processes
 from pipeline.run import CONFIGS
+from utils.llm.errors import TooLittleMemoryError
 from utils.settings import compose
 
 
@@ -84,6 +86,21 @@ def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_pa
     assert run_chains(Serial(), [first(), second()], slots=1)
     assert made == ["a1", "b_fails", "b2", "a2"]
     assert "it fails" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("failures", "expected"), [(2, None), (9, "error: too little")])
+def test_a_run_that_found_too_little_memory_is_tried_again(tmp_path, monkeypatch, failures, expected):
+    tries: list[Job] = []
+
+    def execute(job: Job) -> None:
+        tries.append(job)
+        if len(tries) <= failures:
+            raise (torch.OutOfMemoryError if len(tries) % 2 else TooLittleMemoryError)("too little")
+
+    monkeypatch.setattr(workers, "execute", execute)
+    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.0))
+    assert workers.work(Job(tmp_path, (), True)) == expected
+    assert len(tries) == 3
 
 
 def die(job: Job) -> None:
