@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnn.inducing.conditional import conditional_mean, conditional_sample, matheron_correction, noise_shapes
+from bnn.inducing.conditional import conditional_mean, conditional_sample, matheron_correction, noise_shapes, times
 from bnn.inducing.prior import Frame, whiten
 
 CASES = {
@@ -136,3 +136,11 @@ def test_gradients_are_defined_where_the_spectrum_is_degenerate(generator):
 def test_auxiliary_draw_lies_on_the_short_side():
     assert noise_shapes(8, 4096, 9, 9)[1] == (8, 9)
     assert noise_shapes(4096, 8, 9, 9)[1] == (9, 8)
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 4)])
+def test_one_matrix_times_many_samples(batch, generator):
+    X = torch.randn(3, *batch, 5, 6, generator=generator, dtype=torch.float64)
+    M = torch.randn(*batch, 6, 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(times(X, M), X @ M)
+    torch.testing.assert_close(times(X[0], M), X[0] @ M)
