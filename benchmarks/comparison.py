@@ -3,20 +3,23 @@
     python -m benchmarks.comparison --out outputs/comparison --tasks small --jobs 32 paths.data_dir=/data
     python -m utils.report $(cat outputs/comparison/by_nll.txt) --out benchmarks/results/comparison/by_nll
 
-For every task and every method that trains, each learning rate in ``RATES`` is trained once with ``TUNING_SEED``;
-further ones follow while the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's
-own setting (``OWN``) at the best rates. Each is judged by the method's own prediction on validation data; test data is
-not read. Methods that have no search of their own (``AS_MLE``, ``POST_HOC``) have the setting of ``mle``, from whose
-adapters the latter start. Two selections are made (``RULES``): the setting with the lowest NLL, each method at its
-best; and that with the highest accuracy, as settings are chosen where nobody looks at probabilities. The chosen are
-trained with the seeds 0, 1, 2 and evaluated on test. Finished runs are skipped, so the command can be repeated after a
-kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json`` what the search found.
+For every task and every method that trains, each learning rate in ``RATES`` is trained once; further ones follow while
+the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's own setting (``OWN``) at
+the best rates. The best ``FINALISTS`` are trained with the other ``TUNING_SEEDS`` too, since one seed cannot tell them
+apart, nor show which of them diverge now and then. Each is judged by the method's own prediction on validation data;
+test data is not read. Methods that have no search of their own (``AS_MLE``, ``POST_HOC``) have the setting of ``mle``,
+from whose adapters the latter start. Two selections are made (``RULES``) by the mean over the seeds: the finalist with
+the lowest NLL, each method at its best; and that with the highest accuracy, as settings are chosen where nobody looks
+at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated on test. Finished runs are skipped, so the
+command can be repeated after a kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json``
+what the search found, by seed.
 
 Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first).
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +29,10 @@ from benchmarks.workers import Chain, Job, is_finished, run_chains, tuned
 from pipeline.processes import processes
 from utils.run import write_json_atomic
 
-TUNING_SEED = 100
+TUNING_SEEDS = (100, 101, 102)
+"""The first screens all settings, the others only finalists."""
+FINALISTS = 2
+"""How many of the best settings by each rule go on to the other seeds."""
 SEEDS = (0, 1, 2)
 CHOICES = ("eval.batch_size=64", "eval.max_tokens_per_forward=8192")
 LABELS = ("eval.batch_size=64", "eval.max_tokens_per_forward=32768")
@@ -98,6 +104,9 @@ COMMON = (
 )
 
 
+Metrics = dict[str, float]
+
+
 class Setting(NamedTuple):
     """What is tried: a learning rate, and a value of the method's own setting by its name in ``OWN``."""
 
@@ -120,10 +129,10 @@ class Comparison(NamedTuple):
         which = (f"method={method}", f"opt.lr={setting.rate:g}", f"seed={seed}")
         return (*COMMON, *TASKS[task], *which, *own, *self.common)
 
-    def tuning_job(self, task: str, method: str, setting: Setting) -> Job:
-        """One setting of the search."""
-        folder = self.out / "tune" / task / method / str(setting)
-        return Job(folder, self.overrides(task, method, TUNING_SEED, setting), False)
+    def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
+        """One setting of the search with one seed."""
+        folder = self.out / "tune" / task / method / str(setting) / f"seed{seed}"
+        return Job(folder, self.overrides(task, method, seed, setting), False)
 
     def final_folder(self, task: str, method: str, setting: Setting, seed: int) -> Path:
         """Where the run of a method with a setting and a seed is kept."""
@@ -155,66 +164,94 @@ class Comparison(NamedTuple):
         overrides = (*COMMON, *TASKS[task], "method=zero_shot", "seed=0", *self.common)
         return Job(self.out / "final" / task / "zero_shot", overrides, True)
 
-    def found(self, task: str, method: str, tried: Sequence[Setting]) -> dict[Setting, dict[str, float]]:
-        """Metrics on validation data of the settings whose runs have finished."""
-        jobs = {setting: self.tuning_job(task, method, setting) for setting in tried}
-        return {setting: tuned(job) for setting, job in jobs.items() if is_finished(job)}
+    def by_seed(self, task: str, method: str, setting: Setting) -> dict[int, Metrics]:
+        """Metrics on validation data of the runs of a setting that have finished."""
+        jobs = {seed: self.tuning_job(task, method, setting, seed) for seed in TUNING_SEEDS}
+        return {seed: tuned(job) for seed, job in jobs.items() if is_finished(job)}
+
+    def screened(self, task: str, method: str, tried: Sequence[Setting]) -> dict[Setting, Metrics]:
+        """Metrics of the settings that have finished with the first seed."""
+        first = TUNING_SEEDS[0]
+        found = {setting: self.by_seed(task, method, setting) for setting in tried}
+        return {setting: runs[first] for setting, runs in found.items() if first in runs}
+
+    def judged(self, task: str, method: str, tried: Sequence[Setting]) -> dict[Setting, Metrics]:
+        """Mean metrics over the seeds of the settings that have finished with all of them."""
+        found = {setting: list(self.by_seed(task, method, setting).values()) for setting in tried}
+        full = {setting: runs for setting, runs in found.items() if len(runs) == len(TUNING_SEEDS)}
+        return {s: {name: statistics.mean(run[name] for run in runs) for name in runs[0]} for s, runs in full.items()}
 
     def search(self, task: str, method: str, tried: list[Setting]) -> Iterator[Sequence[Job]]:
         """Stages of the search; ``tried`` collects its settings."""
 
-        def jobs(settings: Sequence[Setting]) -> list[Job]:
+        def screen(settings: Sequence[Setting]) -> list[Job]:
             tried.extend(settings)
-            return [self.tuning_job(task, method, setting) for setting in settings]
+            return [self.tuning_job(task, method, setting, TUNING_SEEDS[0]) for setting in settings]
 
-        yield jobs([Setting(rate) for rate in RATES[method]])
+        yield screen([Setting(rate) for rate in RATES[method]])
         for _ in range(EXTENSIONS):
-            yield jobs([s for s in beyond(self.found(task, method, tried)) if s not in tried])
-        best = chosen(self.found(task, method, tried))
-        yield jobs([Setting(rate, own) for rate in sorted({s.rate for s in best.values()}) for own in OWN[method]])
+            yield screen([s for s in beyond(self.screened(task, method, tried)) if s not in tried])
+        best = chosen(self.screened(task, method, tried))
+        yield screen([Setting(rate, own) for rate in sorted({s.rate for s in best.values()}) for own in OWN[method]])
+        others = finalists(self.screened(task, method, tried))
+        yield [self.tuning_job(task, method, setting, seed) for setting in others for seed in TUNING_SEEDS[1:]]
 
     def chain(self, task: str, method: str) -> Chain:
         """Search, then the runs on test by both rules; those of the second, of less interest, come last of all."""
         tried: list[Setting] = []
         for jobs in self.search(task, method, tried):
             yield 0, jobs
-        for priority, setting in enumerate(chosen(self.found(task, method, tried)).values()):
+        for priority, setting in enumerate(chosen(self.judged(task, method, tried)).values()):
             yield priority, self.final_jobs(task, method, setting)
             if method == "mle":
                 others = [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
                 yield priority, [self.zero_shot_job(task), *self.post_hoc_jobs(task, setting), *others]
 
-    def all_found(self, task: str, method: str) -> dict[Setting, dict[str, float]]:
-        """What the search has found so far."""
+    def settings(self, task: str, method: str) -> list[Setting]:
+        """What the search has come to so far."""
         tried: list[Setting] = []
         for _ in self.search(task, method, tried):
             pass
-        return self.found(task, method, tried)
+        return tried
 
     def write_lists(self, tasks: Sequence[str]) -> None:
         """``tuning.json``, and by rule the finished runs on test."""
-        tables = {task: {method: self.all_found(task, method) for method in RATES} for task in tasks}
-        named = {t: {m: {str(s): v for s, v in f.items()} for m, f in of.items()} for t, of in tables.items()}
-        write_json_atomic(self.out / "tuning.json", named)
+        tried = {task: {method: self.settings(task, method) for method in RATES} for task in tasks}
+        table = {
+            task: {method: {str(s): self.by_seed(task, method, s) for s in settings} for method, settings in of.items()}
+            for task, of in tried.items()
+        }
+        write_json_atomic(self.out / "tuning.json", table)
         for rule in RULES:
             jobs = [self.zero_shot_job(task) for task in tasks]
-            for task, of in tables.items():
-                for method, found in of.items():
-                    if found:
-                        setting = chosen(found)[rule]
-                        jobs += self.final_jobs(task, method, setting)
-                        if method == "mle":
-                            jobs += self.post_hoc_jobs(task, setting)
-                            jobs += [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
+            for task, of in tried.items():
+                for method, settings in of.items():
+                    setting = chosen(self.judged(task, method, settings)).get(rule)
+                    if setting is None:
+                        continue
+                    jobs += self.final_jobs(task, method, setting)
+                    if method == "mle":
+                        jobs += self.post_hoc_jobs(task, setting)
+                        jobs += [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
             (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
 
 
-def chosen(found: dict[Setting, dict[str, float]]) -> dict[str, Setting]:
+def ranked(found: dict[Setting, Metrics], rule: str) -> list[Setting]:
+    """Settings by a rule, the best first."""
+    return sorted(found, key=lambda setting: RULES[rule](found[setting]))
+
+
+def chosen(found: dict[Setting, Metrics]) -> dict[str, Setting]:
     """The best setting by each rule; none where nothing was found."""
-    return {rule: min(found, key=lambda setting: key(found[setting])) for rule, key in RULES.items()} if found else {}
+    return {rule: ranked(found, rule)[0] for rule in RULES} if found else {}
 
 
-def beyond(found: dict[Setting, dict[str, float]]) -> list[Setting]:
+def finalists(found: dict[Setting, Metrics]) -> list[Setting]:
+    """The best settings by each rule, each once."""
+    return list(dict.fromkeys(setting for rule in RULES for setting in ranked(found, rule)[:FINALISTS]))
+
+
+def beyond(found: dict[Setting, Metrics]) -> list[Setting]:
     """What to train next: a rate beyond the best by any rule, where that is at the end of those that finished."""
     rates = [setting.rate for setting in found]
     best = {setting.rate for setting in chosen(found).values()}

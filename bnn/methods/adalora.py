@@ -168,8 +168,8 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     values of gamma belong.
     """
     factors = _factors(model)
-    grams = [Q @ Q.T for Q, _, _ in factors] + [P.T @ P for _, _, P in factors]
-    return torch.stack([torch.linalg.norm(gram - torch.eye(*gram.shape).to(gram)) for gram in grams]).mean()
+    grams = torch.stack([Q @ Q.T for Q, _, _ in factors] + [P.T @ P for _, _, P in factors])
+    return torch.linalg.matrix_norm(grams - torch.eye(len(grams[0]), dtype=grams.dtype, device=grams.device)).mean()
 
 
 def _ranks_frozen(model: PeftModel) -> PeftModel:

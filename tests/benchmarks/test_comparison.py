@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import comparison, workers
-from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen
+from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen, finalists
 from benchmarks.workers import Job, run_chains
 from pipeline.processes import processes
 from pipeline.run import CONFIGS
@@ -38,6 +38,14 @@ def test_selections_and_their_ties():
     some = found(r1em3=(0.4, 0.9), r2em3=(0.3, 0.8), r4em3=(0.5, 0.9))
     assert chosen(some) == {"nll": Setting(2e-3), "acc": Setting(1e-3)}, "of equal accuracy the lower NLL"
     assert chosen({}) == {}
+
+
+def test_finalists_are_the_best_by_either_rule(monkeypatch):
+    some = found(r1em3=(0.4, 0.9), r2em3=(0.3, 0.8), r4em3=(0.5, 0.95), r8em3=(0.6, 0.7))
+    assert finalists(some) == [Setting(2e-3), Setting(1e-3), Setting(4e-3)]
+    monkeypatch.setattr(comparison, "FINALISTS", 1)
+    assert finalists(some) == [Setting(2e-3), Setting(4e-3)]
+    assert finalists({}) == []
 
 
 class Serial(Executor):
@@ -126,6 +134,7 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
     monkeypatch.setattr(comparison, "POST_HOC", ("temperature",))
     monkeypatch.setattr(comparison, "SEEDS", (0, 1))
     monkeypatch.setattr(comparison, "EXTENSIONS", 1)
+    monkeypatch.setattr(comparison, "TUNING_SEEDS", (100, 101))
     tiny = [o for o in overrides() if not o.startswith(("paths.output_dir", "opt.lr", "eval.n_mc", "train.batch"))]
     monkeypatch.setattr(comparison, "TASKS", {"tiny": tuple(tiny)})
     real = Comparison.overrides
@@ -145,11 +154,15 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
     assert "no_such_key" in compare(), "a failing run is reported, the others go on"
     tuning = json.loads((made.out / "tuning.json").read_text())["tiny"]
     assert tuning.keys() == {"mle", "sgp", "map"}
-    assert not tuning["map"]
+    assert all(not runs for runs in tuning["map"].values())
     for rule, best in (("nll", lambda v: (v["nll"], -v["acc"])), ("acc", lambda v: (-v["acc"], v["nll"]))):
-        settings = {m: min(tuning[m], key=lambda s: best(tuning[m][s])) for m in ("mle", "sgp")}
-        for name, values in tuning.items():
-            assert len(values) == 0 or {"0.001", "0.01"} <= values.keys(), name
+        settings = {}
+        for m in ("mle", "sgp"):
+            assert {"0.001", "0.01"} <= tuning[m].keys()
+            full = {s: list(runs.values()) for s, runs in tuning[m].items() if runs.keys() == {"100", "101"}}
+            assert 2 <= len(full) < len(tuning[m]), "finalists alone have all seeds"
+            means = {s: {k: (a[k] + b[k]) / 2 for k in ("nll", "acc")} for s, (a, b) in full.items()}
+            settings[m] = min(means, key=lambda s: best(means[s]))
         folders = (made.out / f"by_{rule}.txt").read_text().split()
         assert len(folders) == 1 + 2 * 4
         for method, setting in (("mle", "mle"), ("ensemble", "mle"), ("temperature", "mle"), ("sgp", "sgp")):
@@ -158,7 +171,7 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
         for folder in folders:
             assert '"split": "test"' in (comparison.Path(folder) / "metrics.jsonl").read_text()
     assert any("_dropout" in setting for setting in tuning["sgp"])
-    assert not any('"split": "test"' in p.read_text() for p in made.out.glob("tune/*/*/*/metrics.jsonl"))
+    assert not any('"split": "test"' in p.read_text() for p in made.out.glob("tune/**/metrics.jsonl"))
     temperature = next(p for p in (made.out / "final" / "tiny" / "temperature").rglob("config.yaml"))
     assert "/final/tiny/mle/" in temperature.read_text()
     environments = [p.stat().st_mtime_ns for p in sorted(made.out.rglob("metrics.jsonl"))]
