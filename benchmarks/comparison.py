@@ -96,8 +96,10 @@ RULES = {
 AS_MLE = ("ensemble",)
 """Methods trained with the setting chosen for ``mle``, whose members they are."""
 POST_HOC = ("temperature", "laplace", "laplace_last", "tfb")
-LEAN = dict.fromkeys(("laplace", "laplace_last"), ("eval.batch_size=16",))
-"""What keeps the memory of a method small: every example has a Jacobian."""
+POST_HOC_OWN = dict.fromkeys(
+    ("laplace", "laplace_last"), ("eval.batch_size=16", "method.factory.precision_by=validation")
+)
+"""What a method has of its own: small batches, since every example has a Jacobian; a choice by validation data too."""
 COMMON = (
     *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
     *("eval.n_mc=10", "eval.zero_shot=false", "eval.save_validation=true", "eval.figures=false"),
@@ -156,7 +158,7 @@ class Comparison(NamedTuple):
             for job, seed in zip(self.final_jobs(task, method, setting, "mle"), SEEDS, strict=True):
                 adapter = self.final_folder(task, "mle", setting, seed) / "adapter"
                 from_adapter = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
-                jobs.append(job._replace(overrides=(*job.overrides, *from_adapter, *LEAN.get(method, ()))))
+                jobs.append(job._replace(overrides=(*job.overrides, *from_adapter, *POST_HOC_OWN.get(method, ()))))
         return jobs
 
     def zero_shot_job(self, task: str) -> Job:

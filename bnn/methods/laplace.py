@@ -15,6 +15,7 @@ from bnn.methods.base import FitData, Score
 from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised
 from bnn.methods.mle import MLE
+from bnn.metrics import nll
 
 
 class Laplace(MLE):
@@ -24,47 +25,102 @@ class Laplace(MLE):
 
     Args:
         layers: ``all`` LoRA matrices, or the ``last`` adapted layer's only.
-        prior_precision: p before it is fitted, 1 / variance.
-        steps: of Adam on log p, maximising the Laplace evidence.
+        precision_by: what p, 1 / variance, maximises: the Laplace ``evidence`` of the training split, or the likelihood
+            of the ``validation`` split. The evidence counts A's distance from 0, though A does not start there: it
+            tends to leave too much variance.
+        prior_precision: p before it is fitted.
+        steps: of Adam on log p, by evidence.
         lr: their learning rate.
+        precisions: values of p that are tried, by validation.
         max_dim: the widest factor allowed, a bound on memory.
         draws: S of every prediction, whatever is asked for elsewhere: Gaussian scores cost nothing to draw.
+
+    Raises:
+        ValueError: for another ``precision_by``, no precisions, or draws below 1.
     """
 
     stochastic = True
     fits = True
 
-    def __init__(self, layers: str, prior_precision: float, steps: int, lr: float, max_dim: int, draws: int) -> None:
+    def __init__(
+        self,
+        layers: str,
+        precision_by: str,
+        prior_precision: float,
+        steps: int,
+        lr: float,
+        precisions: Sequence[float],
+        max_dim: int,
+        draws: int,
+    ) -> None:
         if draws < 1:
             raise ValueError(f"method=laplace needs draws >= 1, got {draws}")
+        if precision_by not in ("evidence", "validation"):
+            raise ValueError(f"precision_by={precision_by!r} is unknown: use evidence or validation")
+        if not precisions or min(precisions) <= 0:
+            raise ValueError(f"method=laplace needs precisions > 0 to try, got {list(precisions)}")
         self.layers = layers
+        self.precision_by = precision_by
         self.prior_precision = prior_precision
         self.steps = steps
         self.lr = lr
+        self.precisions = list(precisions)
         self.max_dim = max_dim
         self.draws = draws
         self.factors: dict[str, Kronecker] = {}
         self.precision = prior_precision
 
     def fit(self, model: nn.Module, score: Score, data: FitData, generator: torch.Generator) -> dict[str, float]:
-        """Curvature and prior precision from the training split; see ``Method.fit``.
+        """Curvature from the training split, and the prior precision; see ``Method.fit``.
 
         Raises:
-            ValueError: in training mode.
+            ValueError: in training mode, or without validation examples where p is fitted to them.
         """
         if model.training:
             raise ValueError("curvature in training mode would apply dropout: call model.eval() first")
+        by_validation = self.precision_by == "validation"
+        if by_validation and not data.validation:
+            raise ValueError("there are no validation examples to fit p to: set method.factory.precision_by=evidence")
         matrices = lora_matrices(model, self.layers)
         self.factors = kfac(model, score, data.train, matrices, self.max_dim)
-        with torch.no_grad():
-            terms = [-cross_entropy(score(model, b).float(), b.answer, reduction="sum") for b in data.train]
-            square_norm = torch.stack([m.weight.float().square().sum() for m in matrices.values()]).sum()
-        log_likelihood = torch.stack(terms).sum()
-        values = torch.cat([k.eigenvalues().flatten() for k in self.factors.values()])
-        self.precision = fit_precision(
-            log_likelihood, square_norm, values, start=self.prior_precision, steps=self.steps, lr=self.lr
-        )
+        if by_validation:
+            self.precision = self._most_likely(model, score, data.validation, generator)
+        else:
+            self.precision = self._most_evident(model, score, data.train, matrices)
         return {"prior_precision": self.precision}
+
+    def _most_likely(self, model: nn.Module, score: Score, batches: Sequence[Any], generator: torch.Generator) -> float:
+        """The p under which the answers of ``batches`` have the lowest NLL."""
+        mean, covariance = self._moments(model, score, batches, self.precisions)
+        answer = torch.cat([b.answer for b in batches]).cpu()
+        state, found = generator.get_state(), {}
+        for p, own in zip(self.precisions, covariance, strict=True):
+            generator.set_state(state)  # the same noise for all
+            found[p] = nll(draw(mean, own, self.draws, generator), answer)
+        return min(found, key=found.__getitem__)
+
+    def _most_evident(
+        self, model: nn.Module, score: Score, batches: Sequence[Any], matrices: dict[str, nn.Linear]
+    ) -> float:
+        """The p of the highest evidence."""
+        with torch.no_grad():
+            terms = [-cross_entropy(score(model, b).float(), b.answer, reduction="sum") for b in batches]
+            square_norm = torch.stack([m.weight.float().square().sum() for m in matrices.values()]).sum()
+        values = torch.cat([k.eigenvalues().flatten() for k in self.factors.values()])
+        start, log_likelihood = self.prior_precision, torch.stack(terms).sum()
+        return fit_precision(log_likelihood, square_norm, values, start=start, steps=self.steps, lr=self.lr)
+
+    def _moments(
+        self, model: nn.Module, score: Score, batches: Sequence[Any], precisions: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """``linearised`` of all batches, on the CPU: (N, C) and (K, N, C, C)."""
+        matrices = lora_matrices(model, self.layers)
+        parts = [linearised(model, score, b, matrices, self.factors, precisions) for b in batches]
+        width = max(mean.shape[-1] for mean, _ in parts)
+        gaps = [width - mean.shape[-1] for mean, _ in parts]
+        mean = torch.cat([pad(m.cpu(), (0, g), value=-torch.inf) for (m, _), g in zip(parts, gaps, strict=True)])
+        covariance = [pad(c.cpu(), (0, g, 0, g)) for (_, c), g in zip(parts, gaps, strict=True)]
+        return mean, torch.cat(covariance, 1)
 
     def predict(
         self,
@@ -89,12 +145,7 @@ class Laplace(MLE):
             raise ValueError(f"prediction needs n >= 1 (got {n}), batches (got {len(batches)}) and model.eval()")
         if not self.factors:
             raise ValueError("there is no curvature yet: call fit, or load an adapter saved after it")
-        matrices = lora_matrices(model, self.layers)
-        parts = [linearised(model, score, b, matrices, self.factors, self.precision) for b in batches]
-        width = max(mean.shape[-1] for mean, _ in parts)
-        gaps = [width - mean.shape[-1] for mean, _ in parts]
-        mean = torch.cat([pad(m.cpu(), (0, g), value=-torch.inf) for (m, _), g in zip(parts, gaps, strict=True)])
-        covariance = torch.cat([pad(c.cpu(), (0, g, 0, g)) for (_, c), g in zip(parts, gaps, strict=True)])
+        mean, (covariance,) = self._moments(model, score, batches, [self.precision])
         return draw(mean, covariance, n, generator)
 
     def modes(self, n: int) -> list[int | str]:

@@ -1,6 +1,6 @@
 """Marginal likelihood and linearised predictive of a Kronecker-factored Laplace posterior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,19 +44,24 @@ def linearised(
     batch: Any,
     matrices: dict[str, nn.Linear],
     factors: dict[str, Kronecker],
-    precision: float,
+    precisions: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Mean (rows, C) and covariance J (H + p I)^-1 J^T (rows, C, C) of the scores; 0 for absent choices."""
+    """Mean (rows, C) and, for K precisions p, covariance J (H + p I)^-1 J^T (K, rows, C, C) of the scores.
+
+    Absent choices have covariance 0.
+    """
     scores, inputs, passes = output_gradients(model, score, batch, matrices, unit_directions)
     rotated = {name: x @ factors[name].a_vectors for name, x in inputs.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in inputs}
     for grads in passes:
         for name, g in grads.items():
             rows[name].append(torch.einsum("nto,nti->noi", g @ factors[name].g_vectors, rotated[name]))
-    covariance = scores.new_zeros(*scores.shape, scores.shape[-1])
-    for name, jacobian in rows.items():
-        root = torch.stack(jacobian, 1) * (factors[name].eigenvalues() + precision).rsqrt()
-        covariance += torch.einsum("ncoi,ndoi->ncd", root, root)
+    covariance = scores.new_zeros(len(precisions), *scores.shape, scores.shape[-1])
+    for name, row in rows.items():
+        jacobian, values = torch.stack(row, 1), factors[name].eigenvalues()
+        for k, p in enumerate(precisions):
+            root = jacobian * (values + p).rsqrt()
+            covariance[k] += torch.einsum("ncoi,ndoi->ncd", root, root)
     return scores, covariance
 
 

@@ -9,6 +9,7 @@ from bnn.methods.base import FitData
 from bnn.methods.laplace import Laplace
 from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised, log_evidence
+from bnn.metrics import nll
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # the code under test works in float32
@@ -26,8 +27,9 @@ def batch_of(ids):
     return SimpleNamespace(input_ids=ids, answer=torch.zeros(len(ids), dtype=torch.long))
 
 
-def method(layers="all", max_dim=64) -> Laplace:
-    return Laplace(layers, prior_precision=1.0, steps=50, lr=0.1, max_dim=max_dim, draws=20)
+def method(layers="all", max_dim=64, **others) -> Laplace:
+    settings = {"precision_by": "evidence", "prior_precision": 1.0, "steps": 50, "lr": 0.1, "draws": 20}
+    return Laplace(layers, max_dim=max_dim, **settings | {"precisions": [0.1, 1.0, 10.0]} | others)
 
 
 @pytest.fixture
@@ -142,7 +144,8 @@ def test_covariance_of_scores_is_dense_linear_algebra(layers, model, ids):
     laplace = fitted(model, ids, layers)
     matrices = lora_matrices(model, layers)
     assert len(matrices) == {"all": 8, "last": 4}[layers]
-    mean, covariance = linearised(model, score, batch_of(ids), matrices, laplace.factors, 0.7)
+    mean, (other, covariance) = linearised(model, score, batch_of(ids), matrices, laplace.factors, [7.0, 0.7])
+    assert (other[:, 0, 0] < covariance[:, 0, 0]).all(), "a larger precision gives less variance"
     for row in range(len(ids)):
         expected = torch.zeros(3, 3).double()
         for name, m in matrices.items():
@@ -192,13 +195,34 @@ def test_predictions_do_not_depend_on_the_batches_and_keep_absent_choices(model,
 def test_predictions_have_their_own_number_of_draws():
     assert method().modes(5) == [20, "mean"]
     with pytest.raises(ValueError, match="draws >= 1, got 0"):
-        Laplace("all", 1.0, 50, 0.1, 64, draws=0)
+        method(draws=0)
 
 
-def test_a_larger_precision_gives_less_variance(model, ids):
-    laplace, matrices = fitted(model, ids), lora_matrices(model, "all")
-    few, many = (linearised(model, score, batch_of(ids), matrices, laplace.factors, p)[1] for p in (0.1, 10.0))
-    assert (many[:, 0, 0] < few[:, 0, 0]).all()
+@pytest.mark.parametrize("right", [True, False])
+def test_precision_by_validation_has_the_lowest_nll_there(right, model, ids):
+    """Validation answers that the adapter is sure of want no variance, wrong ones want much."""
+    best = score(model, batch_of(ids)).argmax(-1)
+    validation = SimpleNamespace(input_ids=ids, answer=best if right else (best + 1) % 2)
+    laplace = method(precision_by="validation", draws=400, precisions=[0.1, 1e5])
+    for m in lora_matrices(model, "all").values():
+        m.weight.data *= 3
+    found = laplace.fit(model, score, FitData([batch_of(ids)], [validation], 3, 10**6), torch.Generator())
+    assert found == {"prior_precision": laplace.precision}
+    by_hand = {}
+    for p in laplace.precisions:
+        laplace.precision = p
+        by_hand[p] = nll(predict(laplace, model, [validation], 400), validation.answer)
+    assert abs(by_hand[0.1] - by_hand[1e5]) > 0.01, "the precision matters here"
+    assert found["prior_precision"] == min(by_hand, key=by_hand.get)
+
+
+def test_what_is_refused(model, ids):
+    with pytest.raises(ValueError, match="'guess' is unknown: use evidence or validation"):
+        method(precision_by="guess")
+    with pytest.raises(ValueError, match=r"precisions > 0 to try, got \[\]"):
+        method(precisions=[])
+    with pytest.raises(ValueError, match="no validation examples to fit p to"):
+        method(precision_by="validation").fit(model, score, FitData([batch_of(ids)], [], 3, 10**6), torch.Generator())
 
 
 def test_saved_and_loaded_predicts_the_same(model, ids, make_llama, tmp_path):
