@@ -4,7 +4,7 @@
 
 The learning rate is that of the comparison (``tuning.json``), held for all settings. Writes ablations.csv, a row
 per run with the metrics on test data, and ablations.md, mean and standard deviation over seeds. Finished runs are
-skipped.
+skipped. The NLL on validation data stands beside the test metrics: choose by that one.
 """
 
 import argparse
@@ -52,29 +52,30 @@ def job_of(task: str, label: str, rate: float, seed: int, out: Path, common: Seq
 
 
 def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | float]]:
-    """A row of test metrics under the posterior per finished run."""
+    """A row of metrics under the posterior per finished run: those on test, and the NLL on validation data."""
     rows: list[dict[str, str | int | float]] = []
     for (label, seed), job in jobs.items():
         if is_finished(job):
-            record = next(
-                r
+            records = {
+                r["split"]: r
                 for r in read_metrics(job.folder)
-                if r["kind"] == "final" and r["split"] == "test" and r["mc"] not in ("mean", "zero_shot")
-            )
-            rows.append({"setting": label, "seed": seed, **{name: record[name] for name in METRICS}})
+                if r["kind"] == "final" and r["mc"] not in ("mean", "zero_shot")
+            }
+            test = {name: records["test"][name] for name in METRICS}
+            rows.append({"setting": label, "seed": seed, **test, "validation_nll": records["validation"]["nll"]})
     return rows
 
 
 def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
     """Mean and standard deviation over seeds; ACC and ECE in per cent."""
     lines = [
-        "| setting | seeds | ACC % | NLL | ECE % | Brier |",
-        "|---|---|---|---|---|---|",
+        "| setting | seeds | ACC % | NLL | ECE % | Brier | NLL, validation |",
+        "|---|---|---|---|---|---|---|",
     ]
     for label in dict.fromkeys(str(row["setting"]) for row in rows):
         own = [row for row in rows if row["setting"] == label]
         cells = []
-        for name in METRICS:
+        for name in (*METRICS, "validation_nll"):
             factor, digits = (100, 1) if name in ("acc", "ece") else (1, 3)
             values = [factor * float(row[name]) for row in own]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -30,10 +30,14 @@ def test_the_table_is_the_mean_over_finished_seeds_of_the_posterior_on_test(tmp_
         record = {"kind": "final", "split": "test", "acc": acc, "nll": 0.3, "ece": 0.02, "brier": 0.1, "step": 5}
         other = {**record, "acc": 0.0}
         lines = [{**other, "mc": "mean"}, {**other, "mc": "zero_shot"}, {**record, "mc": 10}]
+        lines += [{**other, "mc": 10, "split": "validation", "nll": 0.4 + seed / 10}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if seed != 2:  # unfinished
             (folder / "reliability.json").write_text("{}")
     rows = results(jobs)
     assert [(row["setting"], row["seed"], row["acc"]) for row in rows] == [("default", 0, 0.8), ("default", 1, 0.9)]
     spread = 100 * statistics.stdev([0.8, 0.9])
-    assert f"| default | 2 | 85.0 ± {spread:.1f} | 0.300 ± 0.000 |" in markdown(rows)
+    assert [row["validation_nll"] for row in rows] == [0.4, 0.5]
+    table = markdown(rows)
+    assert f"| default | 2 | 85.0 ± {spread:.1f} | 0.300 ± 0.000 |" in table
+    assert f"| 0.450 ± {statistics.stdev([0.4, 0.5]):.3f} |" in table
