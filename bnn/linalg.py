@@ -43,5 +43,10 @@ def inverse_softplus(x: Tensor) -> Tensor:
 
 
 def lower_triangular(raw: Tensor) -> Tensor:
-    """Lower triangular matrix with a positive diagonal (softplus) from an unconstrained (..., m, m)."""
-    return torch.tril(raw, -1) + torch.diag_embed(F.softplus(raw.diagonal(dim1=-2, dim2=-1)))
+    """Lower triangular (..., m, m) with a positive diagonal (softplus) from an unconstrained matrix.
+
+    An entry left of the diagonal is in units of its row's diagonal entry / sqrt(m): steps that move all of ``raw``
+    alike, as Adam's do, change a row relative to its size, and no faster where m is large.
+    """
+    diagonal = F.softplus(raw.diagonal(dim1=-2, dim2=-1))
+    return diagonal[..., None] * torch.tril(raw, -1) / math.sqrt(raw.shape[-1]) + torch.diag_embed(diagonal)

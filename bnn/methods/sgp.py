@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig
+from bnn.inducing.posterior import FLOW_PREFIX
 from bnn.methods.base import Method, check_targets
 from bnn.noise import Antithetic
 from bnn.sampler import LiveSample, Sampler, sample
@@ -22,6 +23,9 @@ class SGP(Method):
     Args:
         scale_lr_factor: learning rate of the scale parameters relative to that of Z and the location of q(U). They
             live on a log-like scale and have far to go in the few hundred steps of a fine-tuning run.
+        flow_lr_factor: that of the flow's networks. Each of their outputs adds up a layer's width of weights, which
+            Adam moves alike, so 1 / width keeps the flow as slow as what it transforms (Yang et al., *Tensor Programs
+            V*, 2022, Table 3).
         antithetic: predict with mirrored pairs of draws (``bnn.Antithetic``) instead of independent ones.
         cuda_graph: on a GPU, make the draws of training by CUDA graphs.
         posterior: arguments of ``SGPLoraConfig`` beyond LoRA's own.
@@ -29,8 +33,16 @@ class SGP(Method):
 
     stochastic = True
 
-    def __init__(self, scale_lr_factor: float, antithetic: bool, cuda_graph: bool, posterior: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        scale_lr_factor: float,
+        flow_lr_factor: float,
+        antithetic: bool,
+        cuda_graph: bool,
+        posterior: dict[str, Any],
+    ) -> None:
         self.scale_lr_factor = scale_lr_factor
+        self.flow_lr_factor = flow_lr_factor
         self.antithetic = antithetic
         self.cuda_graph = cuda_graph
         self.posterior = posterior
@@ -53,7 +65,7 @@ class SGP(Method):
         return super().predict(*args, generator=source, **kwargs)
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Z, q's location and the flow at ``lr``; scales at ``lr * scale_lr_factor``. The prior is the only decay.
+        """Z and q's location at ``lr``, scales and the flow at their factor times it. The prior is the only decay.
 
         The parameters are stacked over factors of equal structure, and the model's own become views into them.
 
@@ -64,9 +76,9 @@ class SGP(Method):
             raise ValueError(f"method=sgp has a prior: weight_decay={weight_decay} would be a second one, set it to 0")
         sampler = Sampler(model, own=True, cuda_graph=self.cuda_graph)
         self._trained = (model, sampler)
-        scales: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        rates = {"others": lr, "scales": lr * self.scale_lr_factor, "flow": lr * self.flow_lr_factor}
+        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
         for name, parameter in sampler.parameters():
-            (scales if name in SCALES else others).append(parameter)
-        groups = [{"params": others, "lr": lr}, {"params": scales, "lr": lr * self.scale_lr_factor}]
-        return [group | {"weight_decay": 0.0} for group in groups]
+            kind = "scales" if name in SCALES else "flow" if name.startswith(FLOW_PREFIX) else "others"
+            groups[kind].append(parameter)
+        return [{"params": own, "lr": rates[kind], "weight_decay": 0.0} for kind, own in groups.items() if own]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bnn.inducing.posterior import FactorSpec, noise_shapes_of
+from bnn.linalg import inverse_softplus
 from bnn.noise import Noise, draw_noise, noise_size, shape_noise
 from bnn.stack import FactorStack
 
@@ -47,3 +48,10 @@ def draw_alone(factors: list, noise: Tensor) -> tuple[Tensor, Tensor]:
     """W (samples, n, d_out, d_in) and KL (n,) of a stack of these factors."""
     stack = FactorStack(factors)
     return stack.draw(stack.tensors(), noise)
+
+
+def raw_of(S: Tensor) -> Tensor:
+    """What ``lower_triangular`` turns into S (..., m, m)."""
+    diagonal = S.diagonal(dim1=-2, dim2=-1)
+    relative = S.tril(-1) / diagonal[..., None] * S.shape[-1] ** 0.5
+    return relative + torch.diag_embed(inverse_softplus(diagonal))

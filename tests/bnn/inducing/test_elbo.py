@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from bnn_cases import raw_of
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from bnn.inducing import posterior
 from bnn.inducing.posterior import FactorSpec, Noise
-from bnn.linalg import inverse_softplus
 
 D_OUT, D_IN, ROWS, NOISE_SD = 2, 3, 7, 0.6
 SIZE = D_OUT * D_IN
@@ -31,9 +31,7 @@ class Problem(NamedTuple):
 
 
 def as_tensors(q: MultivariateNormal) -> dict[str, Tensor]:
-    S = q.scale_tril
-    raw = S.tril(-1) + torch.diag(inverse_softplus(S.diagonal()))
-    return {"raw_loc": q.mean.reshape(1, D_OUT, D_IN), "raw_tril": raw[None]}
+    return {"raw_loc": q.mean.reshape(1, D_OUT, D_IN), "raw_tril": raw_of(q.scale_tril)[None]}
 
 
 def make_problem(make_tensors, *, conditional_noise: bool, D: float, lambda_: float) -> Problem:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bnn_cases import noise_for
+from bnn_cases import noise_for, raw_of
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
@@ -137,8 +137,7 @@ def test_whitened_and_unwhitened_posteriors_agree(make_tensors, generator):
     tensors, _ = make_tensors(whitened, 1)
     rows, cols = posterior.frames(whitened, tensors)
     L = torch.kron(rows.L[0], cols.L[0])
-    S = L @ lower_triangular(tensors["raw_tril"][0])
-    raw = S.tril(-1) + torch.diag(S.diagonal() + torch.log(-torch.expm1(-S.diagonal())))
+    raw = raw_of(L @ lower_triangular(tensors["raw_tril"][0]))
     loc = rows.L @ tensors["raw_loc"] @ cols.L.mT
     mapped = tensors | {"raw_loc": loc, "raw_tril": raw[None]}
     noise = noise_for(spec, 1, 5, generator)

@@ -22,7 +22,7 @@ POSTERIORS = [
 
 
 def sgp(scale_lr_factor: float = 3.0, **posterior) -> SGP:
-    return SGP(scale_lr_factor, True, True, {"inducing_rows": 5, "inducing_cols": 5, **posterior})
+    return SGP(scale_lr_factor, 0.5, True, True, {"inducing_rows": 5, "inducing_cols": 5, **posterior})
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS, ids=str)
@@ -49,6 +49,15 @@ def test_sgp_groups_separate_scales_from_locations(make_llama):
     assert {names[id(p)] for p in scales["params"]} == {"raw_D_r", "raw_D_c", "raw_sd", "raw_lambda", "raw_prior_sd"}
     assert (others["lr"], scales["lr"]) == (0.01, pytest.approx(0.03))
     assert others["weight_decay"] == scales["weight_decay"] == 0.0
+
+
+def test_sgp_groups_separate_the_flow(make_llama):
+    method = sgp(flow_depth=1, flow_hidden=8)
+    model = method.adapt(make_llama(), LORA)
+    others, _, flow = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
+    assert flow["lr"] == pytest.approx(0.005)
+    networks = sum(p.numel() for name, p in trainable(model) if ".flow." in name)
+    assert sum(p.numel() for p in flow["params"]) == networks > sum(p.numel() for p in others["params"])
 
 
 def test_every_raw_parameter_is_a_scale_or_a_location(make_llama):
