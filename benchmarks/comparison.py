@@ -151,15 +151,15 @@ class Comparison(NamedTuple):
             for seed in SEEDS
         ]
 
-    def post_hoc_jobs(self, task: str, setting: Setting) -> list[Job]:
-        """Methods that start from the adapters of ``mle``."""
+    def jobs_after_mle(self, task: str, setting: Setting) -> list[Job]:
+        """Methods that have the setting of ``mle``; those of ``POST_HOC`` start from its adapters."""
         jobs = []
         for method in POST_HOC:
             for job, seed in zip(self.final_jobs(task, method, setting, "mle"), SEEDS, strict=True):
                 adapter = self.final_folder(task, "mle", setting, seed) / "adapter"
                 from_adapter = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
                 jobs.append(job._replace(overrides=(*job.overrides, *from_adapter, *POST_HOC_OWN.get(method, ()))))
-        return jobs
+        return [*jobs, *(job for method in AS_MLE for job in self.final_jobs(task, method, setting, "mle"))]
 
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""
@@ -171,43 +171,42 @@ class Comparison(NamedTuple):
         jobs = {seed: self.tuning_job(task, method, setting, seed) for seed in TUNING_SEEDS}
         return {seed: tuned(job) for seed, job in jobs.items() if is_finished(job)}
 
-    def screened(self, task: str, method: str, tried: Sequence[Setting]) -> dict[Setting, Metrics]:
-        """Metrics of the settings that have finished with the first seed."""
-        first = TUNING_SEEDS[0]
-        found = {setting: self.by_seed(task, method, setting) for setting in tried}
-        return {setting: runs[first] for setting, runs in found.items() if first in runs}
-
-    def judged(self, task: str, method: str, tried: Sequence[Setting]) -> dict[Setting, Metrics]:
-        """Mean metrics over the seeds of the settings that have finished with all of them."""
-        found = {setting: list(self.by_seed(task, method, setting).values()) for setting in tried}
-        full = {setting: runs for setting, runs in found.items() if len(runs) == len(TUNING_SEEDS)}
-        return {s: {name: statistics.mean(run[name] for run in runs) for name in runs[0]} for s, runs in full.items()}
+    def found(self, task: str, method: str, tried: Sequence[Setting], seeds: Sequence[int]) -> dict[Setting, Metrics]:
+        """Mean metrics over ``seeds`` of the settings that have finished with all of them."""
+        runs = {setting: self.by_seed(task, method, setting) for setting in tried}
+        return {
+            setting: {name: statistics.mean(own[seed][name] for seed in seeds) for name in own[seeds[0]]}
+            for setting, own in runs.items()
+            if own.keys() >= set(seeds)
+        }
 
     def search(self, task: str, method: str, tried: list[Setting]) -> Iterator[Sequence[Job]]:
         """Stages of the search; ``tried`` collects its settings."""
+        first, *others = TUNING_SEEDS
 
         def screen(settings: Sequence[Setting]) -> list[Job]:
             tried.extend(settings)
-            return [self.tuning_job(task, method, setting, TUNING_SEEDS[0]) for setting in settings]
+            return [self.tuning_job(task, method, setting, first) for setting in settings]
+
+        def screened() -> dict[Setting, Metrics]:
+            return self.found(task, method, tried, [first])
 
         yield screen([Setting(rate) for rate in RATES[method]])
         for _ in range(EXTENSIONS):
-            yield screen([s for s in beyond(self.screened(task, method, tried)) if s not in tried])
-        best = chosen(self.screened(task, method, tried))
-        yield screen([Setting(rate, own) for rate in sorted({s.rate for s in best.values()}) for own in OWN[method]])
-        others = finalists(self.screened(task, method, tried))
-        yield [self.tuning_job(task, method, setting, seed) for setting in others for seed in TUNING_SEEDS[1:]]
+            yield screen([s for s in beyond(screened()) if s not in tried])
+        best = {setting.rate for setting in chosen(screened()).values()}
+        yield screen([Setting(rate, own) for rate in sorted(best) for own in OWN[method]])
+        yield [self.tuning_job(task, method, setting, seed) for setting in finalists(screened()) for seed in others]
 
     def chain(self, task: str, method: str) -> Chain:
         """Search, then the runs on test by both rules; those of the second, of less interest, come last of all."""
         tried: list[Setting] = []
         for jobs in self.search(task, method, tried):
             yield 0, jobs
-        for priority, setting in enumerate(chosen(self.judged(task, method, tried)).values()):
+        for priority, setting in enumerate(chosen(self.found(task, method, tried, TUNING_SEEDS)).values()):
             yield priority, self.final_jobs(task, method, setting)
             if method == "mle":
-                others = [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
-                yield priority, [self.zero_shot_job(task), *self.post_hoc_jobs(task, setting), *others]
+                yield priority, [self.zero_shot_job(task), *self.jobs_after_mle(task, setting)]
 
     def settings(self, task: str, method: str) -> list[Setting]:
         """What the search has come to so far."""
@@ -228,13 +227,12 @@ class Comparison(NamedTuple):
             jobs = [self.zero_shot_job(task) for task in tasks]
             for task, of in tried.items():
                 for method, settings in of.items():
-                    setting = chosen(self.judged(task, method, settings)).get(rule)
+                    setting = chosen(self.found(task, method, settings, TUNING_SEEDS)).get(rule)
                     if setting is None:
                         continue
                     jobs += self.final_jobs(task, method, setting)
                     if method == "mle":
-                        jobs += self.post_hoc_jobs(task, setting)
-                        jobs += [job for other in AS_MLE for job in self.final_jobs(task, other, setting, method)]
+                        jobs += self.jobs_after_mle(task, setting)
             (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
 
 
