@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from bnn.methods.base import Schedule, trainable
 from bnn.objective import Loss, beta_at, learning_rate_at, negative_elbo
+from pipeline.compilation import CompiledLayers
 from pipeline.evaluation import evaluate_during
 from pipeline.graphs import StepGraphs
 from pipeline.run import Run, score
@@ -35,6 +37,7 @@ def train(run: Run) -> int:
         group["initial_lr"] = group["lr"]
     step = restore(run, run.resumed) if run.resumed else 0
     graphs = step_graphs(run)
+    layers = CompiledLayers(model) if cfg.train.compile and total else None
     counts = [sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())]
     logger.info("training %s of %s parameters for %d steps", f"{counts[0]:,}", f"{counts[1]:,}", total)
     if step == 0 < total and cfg.eval.every != "none":
@@ -52,7 +55,7 @@ def train(run: Run) -> int:
         run.generator.manual_seed(stream_seed(cfg.seed, "posterior", step, run.world.rank))
         if not model.training:  # setting it walks through all modules
             model.train()
-        loss = accumulate(run, examples, beta, graphs)
+        loss = accumulate(run, examples, beta, graphs, layers)
         update(run, step, rate, loss, examples)
         seen += len(examples)
 
@@ -85,14 +88,20 @@ def step_graphs(run: Run) -> StepGraphs | None:
     return StepGraphs(parameters, run.generator, run.device, most, multiple)
 
 
-def accumulate(run: Run, examples: list[Example], beta: float, graphs: StepGraphs | None = None) -> Loss:
+def accumulate(
+    run: Run,
+    examples: list[Example],
+    beta: float,
+    graphs: StepGraphs | None = None,
+    layers: CompiledLayers | None = None,
+) -> Loss:
     """Backward over this process's micro-batches of a step, each under its own draw; returns the step's mean loss.
 
     The weights of all micro-batches sum to 1, so the KL counts once.
     """
 
     def backward(batch: Batch, weight: float | Tensor, beta: float | Tensor) -> Loss:
-        with run.method.sample(run.model, n_mc, run.generator) as live:
+        with layers or nullcontext(), run.method.sample(run.model, n_mc, run.generator) as live:
             loss = negative_elbo(score(run.model, batch), batch.answer, live.kl(), len(run.data.train), beta)
             (weight * loss.loss).backward()
         share = torch.full((), weight, device=run.device) if isinstance(weight, float) else weight

@@ -535,6 +535,7 @@ def assert_one_line(message: str) -> None:
         ("train.on_nonfinite=ignore", "unknown train.on_nonfinite=ignore.*error, skip"),
         ("train.graph_padding=0", "train.graph_padding=0: expected a whole number"),
         ("train.fsdp=true train.graph_padding=32", "train.graph_padding=32 and train.fsdp=true exclude each other"),
+        ("train.fsdp=true train.compile=true", "train.compile=true and train.fsdp=true exclude each other"),
         ("train.fsdp=true quantization=nf4", "cannot shard quantised weights: set quantization=none"),
         ("train.fsdp=1", "train.fsdp=1: expected true or false"),
         ("eval.figures=nope", "eval.figures=nope: expected true or false"),

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from utils.llm.layers import decoder_layers
+
 T = TypeVar("T")
 
 
@@ -114,11 +116,10 @@ def shard_frozen(model: nn.Module, world: World) -> None:
         raise ValueError("train.fsdp=true needs several processes: start the command with torchrun --nproc-per-node=N")
     if any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError("train.fsdp=true cannot shard quantised weights: set quantization=none")
-    layers = set(getattr(model, "_no_split_modules", None) or ())
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     sharded: set[nn.Module] = set()
     # saving in one process releases what it gathered: between forward passes nothing may be left gathered in the others
-    for module in [*(m for m in model.modules() if type(m).__name__ in layers), model]:
+    for module in [*decoder_layers(model), model]:
         own = [m for m in module.modules() if m not in sharded]
         receive(own, world)
         trained = {p for p in module.parameters() if p.requires_grad}

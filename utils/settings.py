@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from utils.data.example import near_matches
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
-NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding")
+NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
 """Keys that may change when a run is resumed."""
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
@@ -30,7 +30,10 @@ RANGES = {
     **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
     **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),
 }
-SWITCHES = ("resume", "overwrite", "train.fsdp", "eval.zero_shot", "eval.save_validation", "eval.figures")
+SWITCHES = (
+    *("resume", "overwrite", "train.fsdp", "train.compile"),
+    *("eval.zero_shot", "eval.save_validation", "eval.figures"),
+)
 NAMES = {
     "train.on_nonfinite": ("error", "skip"),
     "eval.split": ("train", "validation", "test"),
@@ -71,6 +74,8 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={value}: expected a list such as {example}")
     if cfg.train.fsdp and cfg.train.graph_padding is not None:
         raise ValueError(f"train.graph_padding={cfg.train.graph_padding} and train.fsdp=true exclude each other")
+    if cfg.train.fsdp and cfg.train.compile:
+        raise ValueError("train.compile=true and train.fsdp=true exclude each other: set one of them")
     if cfg.train.fsdp and len(cfg.quantization):
         raise ValueError("train.fsdp=true cannot shard quantised weights: set quantization=none")
     if cfg.resume and cfg.overwrite:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,11 @@ class RandomAMethod(Method):
             for layer, eps in zip(layers, noise.split(sizes, dim=1), strict=True):
                 where = next(layer.parameters())
                 layer.hold(eps.reshape(n, *layer.noise_shape).to(where), generator)
-            yield LiveDraws(layers, in_objective=self.kl_lr is None)
+            before_forward = model.register_forward_pre_hook(partial(expect_rows, layers), with_kwargs=True)
+            try:
+                yield LiveDraws(layers, in_objective=self.kl_lr is None)
+            finally:
+                before_forward.remove()
         finally:
             for layer in layers:
                 layer.hold(None)
@@ -200,6 +205,13 @@ class BLoB(RandomAMethod):
 def random_layers(model: nn.Module) -> list[tuple[str, RandomA]]:
     """The random matrices of a model with their paths, in the order of its modules."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, RandomA)]
+
+
+def expect_rows(layers: list[RandomA], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: tells the layers how many rows come, so that none draws within a compiled forward."""
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    for layer in layers if inputs else ():
+        layer.expect(len(inputs[0]))
 
 
 def kl_period(schedule: Schedule, gamma: float) -> int:

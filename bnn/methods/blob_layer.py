@@ -58,6 +58,9 @@ class RandomA(nn.Module, ABC):
         """Make ``eps`` (S, *noise_shape) the live draws, or None to go back to the mean."""
         self.eps, self.generator = eps, generator
 
+    def expect(self, rows: int) -> None:
+        """Draw what depends on the number of rows of the forward pass to come: nothing, if not overridden."""
+
     def tiles(self, x: Tensor) -> int:
         """S, the number of live draws.
 
@@ -88,7 +91,7 @@ class BLoBA(RandomA):
         super().__init__()
         self.M, self.G = nn.Parameter(M), nn.Parameter(G)
         self.prior_sd = prior_sd
-        self._signs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._signs: dict[int, Tensor] = {}
 
     @classmethod
     def start(cls, M: Tensor, init_eps: float, prior_sd: float) -> Self:
@@ -133,16 +136,20 @@ class BLoBA(RandomA):
         super().hold(eps, generator)
         self._signs = {}
 
+    def expect(self, rows: int) -> None:
+        """In training, draw the signs for batches of ``rows`` rows, unless this draw has had such a batch before."""
+        if self.training and rows not in self._signs:
+            where = self.M.device if self.generator is None else self.generator.device
+            bits = torch.randint(2, (rows, sum(self.M.shape)), generator=self.generator, device=where)
+            self._signs[rows] = (2 * bits - 1).to(self.M)
+
     def signs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """s (rows, 1, ..., d_in) and t (rows, 1, ..., r), drawn when a batch of so many rows is first seen."""
-        rows, between = x.shape[0], [1] * (x.dim() - 2)
-        if rows not in self._signs:
-            where = x.device if self.generator is None else self.generator.device
-            r, d_in = self.M.shape
-            bits = torch.randint(2, (rows, d_in + r), generator=self.generator, device=where)
-            s, t = (2 * bits - 1).to(x).split([d_in, r], dim=1)
-            self._signs[rows] = s.reshape(rows, *between, d_in), t.reshape(rows, *between, r)
-        return self._signs[rows]
+        """s (rows, 1, ..., d_in) and t (rows, 1, ..., r)."""
+        self.expect(x.shape[0])
+        r, d_in = self.M.shape
+        signs = self._signs[x.shape[0]].to(x.dtype)
+        s, t = signs.reshape(len(signs), *[1] * (x.dim() - 2), d_in + r).split([d_in, r], dim=-1)
+        return s, t
 
     def forward(self, x: Tensor) -> Tensor:
         """A x for x (rows, ..., d_in)."""

@@ -1,40 +1,14 @@
 """Training by CUDA graphs gives what training without them gives; needs a GPU."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_runs import FAST, row
+from run_commands import METHODS
 
 from pipeline import training
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import accumulate, step_graphs
 from utils.run import read_metrics
 from utils.settings import compose
-
-METHODS = {
-    "sgp": ("method=sgp", "train.n_mc=2"),
-    "mle": ("method=mle",),
-    "mc_dropout": ("method=mc_dropout", "train.graph_padding=1"),  # masks depend on the width of the batch
-    "ensemble": ("method=ensemble",),
-    "blob": ("method=blob", "method.factory.gamma=null"),
-    "scalabl": ("method=scalabl", "method.factory.gamma=null"),
-    "adalora": ("method=adalora",),
-    "warm-up": ("method=sgp", "train.beta_warmup=0.5"),
-}
-
-
-@pytest.fixture
-def command(tmp_path: Path):
-    for split, numbers in {"train": range(24), "validation": range(20, 25), "test": range(30, 36)}.items():
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in numbers))
-    data = [f"dset.{split}_file={tmp_path / split}.jsonl" for split in ("train", "validation", "test")]
-
-    def make(*extra: str, folder: str = "run") -> list[str]:
-        return [*FAST, *data, "eval.every=none", f"paths.output_dir={tmp_path / folder}", *extra]
-
-    return make
 
 
 def test_a_cpu_has_no_graphs(command):

@@ -1,0 +1,12 @@
+"""A command line of every method that trains."""
+
+METHODS = {
+    "sgp": ("method=sgp", "train.n_mc=2"),
+    "mle": ("method=mle",),
+    "mc_dropout": ("method=mc_dropout", "train.graph_padding=1"),  # masks depend on the width of the batch
+    "ensemble": ("method=ensemble",),
+    "blob": ("method=blob", "method.factory.gamma=null"),
+    "scalabl": ("method=scalabl", "method.factory.gamma=null"),
+    "adalora": ("method=adalora",),
+    "warm-up": ("method=sgp", "train.beta_warmup=0.5"),
+}
