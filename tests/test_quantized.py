@@ -1,4 +1,4 @@
-"""SGP-LoRA on base weights in 4 and 8 bits, on a CPU: layers, gradients, saving, merging, and a whole run."""
+"""SGP-LoRA on base weights in 4 and 8 bits, mostly on a CPU: layers, gradients, saving, merging, and a whole run."""
 
 import re
 import warnings
@@ -225,10 +225,11 @@ def test_the_memory_plan_knows_what_is_quantised(bits, name, tmp_path, load):
 
 
 @both
-def test_a_run_learns_on_a_quantised_base(bits, saved, overrides):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_learns_on_a_quantised_base(bits, device, saved, overrides):
     model = ["llm.random_init=false", f"llm.name_or_path={saved}", f"quantization={bits}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides(*model, "train.epochs=8", "eval.n_mc=2"))
+        cfg = compose("train", overrides(*model, f"device={device}", "train.epochs=8", "eval.n_mc=2"))
     run = prepare(cfg)
     finish(run, train(run))
     records = read_metrics(run.folder)

@@ -8,5 +8,6 @@ METHODS = {
     "blob": ("method=blob", "method.factory.gamma=null"),
     "scalabl": ("method=scalabl", "method.factory.gamma=null"),
     "adalora": ("method=adalora",),
+    "compiled": ("method=sgp", "train.compile=true"),
     "warm-up": ("method=sgp", "train.beta_warmup=0.5"),
 }
