@@ -38,19 +38,19 @@ CHOICES = ("eval.batch_size=64", "eval.max_tokens_per_forward=8192")
 LABELS = ("eval.batch_size=64", "eval.max_tokens_per_forward=32768")
 TASKS: dict[str, tuple[str, ...]] = {
     "sst2_100": (*LABELS, "dset=sst2", "dset.train_subset=100", "train.epochs=15"),
-    "sst2_500": (*LABELS, "dset=sst2", "dset.train_subset=500", "train.epochs=10", "eval.ood=[cola]"),
-    "sst2_2000": (*LABELS, "dset=sst2", "dset.train_subset=2000", "train.epochs=5"),
-    "cola_500": (*LABELS, "dset=cola", "dset.train_subset=500", "train.epochs=10"),
-    "cola": (*LABELS, "dset=cola", "train.epochs=2"),
-    "arc_e_500": (*CHOICES, "dset=arc_e", "dset.train_subset=500", "train.epochs=10"),
+    "sst2_500": (*LABELS, "dset=sst2", "dset.train_subset=500", "train.epochs=5", "eval.ood=[cola]"),
+    "sst2_2000": (*LABELS, "dset=sst2", "dset.train_subset=2000", "train.epochs=3"),
+    "cola_500": (*LABELS, "dset=cola", "dset.train_subset=500", "train.epochs=5"),
+    "cola": (*LABELS, "dset=cola", "train.epochs=1"),
+    "arc_e_500": (*CHOICES, "dset=arc_e", "dset.train_subset=500", "train.epochs=5"),
     "arc_e": (*CHOICES, "dset=arc_e", "train.epochs=3"),
     "obqa_500": (
-        *(*CHOICES, "dset=obqa", "dset.train_subset=500", "train.epochs=10"),
+        *(*CHOICES, "dset=obqa", "dset.train_subset=500", "train.epochs=5"),
         "eval.ood=[arc_e,arc_c,mmlu:college_chemistry]",
     ),
     "obqa": (*CHOICES, "dset=obqa", "train.epochs=2"),
-    "wg_s": (*CHOICES, "dset=wg_s", "dset.validation_fraction=0.3", "train.epochs=10"),  # 64 examples decide nothing
-    "wg_m_500": (*CHOICES, "dset=wg_m", "dset.train_subset=500", "train.epochs=10"),
+    "wg_s": (*CHOICES, "dset=wg_s", "dset.validation_fraction=0.3", "train.epochs=5"),  # 64 examples decide nothing
+    "wg_m_500": (*CHOICES, "dset=wg_m", "dset.train_subset=500", "train.epochs=5"),
     "wg_m": (*CHOICES, "dset=wg_m", "train.epochs=3"),
     "arc_c": (*CHOICES, "dset=arc_c", "train.epochs=5"),
     "boolq": (*CHOICES, "dset=boolq", "train.epochs=1"),
