@@ -8,6 +8,8 @@ skipped. The NLL on validation data stands beside the test metrics: choose by th
 """
 
 import argparse
+import csv
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +86,17 @@ def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(rows: Sequence[dict[str, str | int | float]], out: Path) -> None:
+    """ablations.csv and ablations.md."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    for name, content in (("ablations.csv", text.getvalue()), ("ablations.md", markdown(rows))):
+        with open_atomic(out / name) as file:
+            file.write(content.encode())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = results(jobs)
     if not rows:
         parser.error("no run has finished: see the lines above for what went wrong")
-    with open_atomic(out / "ablations.csv") as file:
-        lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
-        file.write(("\n".join(lines) + "\n").encode())
-    with open_atomic(out / "ablations.md") as file:
-        file.write(markdown(rows).encode())
+    write(rows, out)
     print(markdown(rows))
 
 

@@ -32,7 +32,7 @@ def file_name(kind: str, *names: str) -> str:
 def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: Path) -> Path:
     """One panel per method, the examples of its seeds pooled; the title's ECE is the mean over seeds."""
     with matplotlib.rc_context(STYLE):
-        figure, panels = _grid(len(predictions), 2.9, 3.2, share="all")
+        figure, panels = panel_grid(len(predictions), 2.9, 3.2, share="all")
         for ax, (name, of_seeds) in zip(panels, predictions.items(), strict=True):
             error = fmean(ece(p.log_probs, p.answer) for p in of_seeds.values())
             bins = {key: value.tolist() for key, value in reliability(list(of_seeds.values())).items()}
@@ -55,7 +55,7 @@ def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Pa
     everything = sorted({name for column in panels_of.values() for name in column})
     names = [name for name in everything if name != ZERO_SHOT] or everything
     with matplotlib.rc_context(STYLE):
-        figure, panels = _grid(len(panels_of), 3.6, 3.3)
+        figure, panels = panel_grid(len(panels_of), 3.6, 3.3)
         for ax, (title, column) in zip(panels, panels_of.items(), strict=True):
             for name, rows in ((name, column[name]) for name in names if name in column):
                 x, y = values(rows, "ece"), values(rows, "acc")
@@ -84,7 +84,7 @@ def sample_curve(logits: np.ndarray, answer: np.ndarray) -> SampleCurve:
 def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Path:
     """NLL and ECE against the number of samples: mean over seeds with a band of one sd, log-2 axis."""
     with matplotlib.rc_context(STYLE):
-        figure, panels = _grid(2, 4.2, 3.2)
+        figure, panels = panel_grid(2, 4.2, 3.2)
         ticks: set[int] = set()
         for index, (name, of_seeds) in enumerate(curves.items()):
             counts = sorted(set.intersection(*(set(curve[0]) for curve in of_seeds)))
@@ -105,7 +105,7 @@ def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Pat
         return save_figure(figure, path)
 
 
-def _grid(count: int, width: float, height: float, share: str = "none") -> tuple[Figure, list[Axes]]:
+def panel_grid(count: int, width: float, height: float, share: str = "none") -> tuple[Figure, list[Axes]]:
     """Panels in rows of at most `PER_ROW`; the unused places of the last row are empty."""
     columns = min(PER_ROW, count)
     rows = -(-count // columns)

@@ -1,11 +1,12 @@
 """The ablations: every setting is a valid configuration, and the table is the mean over seeds."""
 
+import csv
 import json
 import statistics
 
 import pytest
 
-from benchmarks.ablations import SETTINGS, job_of, markdown, results
+from benchmarks.ablations import SETTINGS, job_of, markdown, results, write
 from pipeline.run import CONFIGS
 from utils.settings import compose
 
@@ -41,3 +42,12 @@ def test_the_table_is_the_mean_over_finished_seeds_of_the_posterior_on_test(tmp_
     table = markdown(rows)
     assert f"| default | 2 | 85.0 ± {spread:.1f} | 0.300 ± 0.000 |" in table
     assert f"| 0.450 ± {statistics.stdev([0.4, 0.5]):.3f} |" in table
+
+
+def test_the_csv_can_be_read_again_whatever_the_label(tmp_path):
+    rows = [{"setting": "on q, k, v, o", "seed": 0, "acc": 0.9, "nll": 0.2, "ece": 0.1, "brier": 0.1}]
+    rows = [{**row, "validation_nll": 0.3} for row in rows]
+    write(rows, tmp_path)
+    with (tmp_path / "ablations.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{name: str(value) for name, value in row.items()} for row in rows]
+    assert (tmp_path / "ablations.md").read_text() == markdown(rows)

@@ -1,0 +1,101 @@
+"""What every setting that a comparison tried gives on validation data: how much hangs on finding the right one.
+
+    python -m benchmarks.tried outputs/comparison/tuning.json --out benchmarks/results/comparison
+
+Writes tried.md (per task and method the median over the settings, and the worst, of NLL and ECE; and the setting of
+highest accuracy) and tried.png (ACC against ECE, a point per setting). A setting counts once, with the mean over the
+seeds it was trained with.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from utils.plots import STYLE, TITLES, line_look, save_figure
+from utils.report_figures import panel_grid
+from utils.run import open_atomic
+
+Tried = dict[str, dict[str, list[dict[str, float]]]]
+"""Mean metrics of the settings tried, by task and method."""
+FOREMOST = "sgp"
+"""The method drawn above the others."""
+
+
+def read(path: Path) -> Tried:
+    """What ``tuning.json`` holds: task -> method -> setting -> seed -> metrics. Tasks without a run are left out."""
+    names = ("acc", "nll", "ece")
+    table = {
+        task: {
+            method: [
+                {name: statistics.mean(run[name] for run in runs.values()) for name in names}
+                for runs in settings.values()
+                if runs
+            ]
+            for method, settings in of.items()
+        }
+        for task, of in json.loads(path.read_text()).items()
+    }
+    filled = {task: {method: found for method, found in of.items() if found} for task, of in table.items()}
+    return {task: of for task, of in filled.items() if of}
+
+
+def markdown(tried: Tried) -> str:
+    """NLL in nats; ACC and ECE in per cent."""
+    lines = [
+        "| task | method | settings | NLL, median | NLL, worst | ECE %, median | ECE %, worst | most accurate: ACC % / NLL / ECE % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task, of in tried.items():
+        for method, found in of.items():
+            nll, ece = [m["nll"] for m in found], [100 * m["ece"] for m in found]
+            best = min(found, key=lambda m: (-m["acc"], m["nll"]))
+            cells = [
+                f"{statistics.median(nll):.3f}",
+                f"{max(nll):.3f}",
+                f"{statistics.median(ece):.1f}",
+                f"{max(ece):.1f}",
+            ]
+            most = f"{100 * best['acc']:.1f} / {best['nll']:.3f} / {100 * best['ece']:.1f}"
+            lines.append("| " + " | ".join([task, method, str(len(found)), *cells, most]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(tried: Tried, path: Path) -> Path:
+    """A panel per task; ``FOREMOST`` large and last."""
+    names = sorted({method for of in tried.values() for method in of}, key=lambda name: (name == FOREMOST, name))
+    with matplotlib.rc_context(STYLE):
+        figure, panels = panel_grid(len(tried), 3.6, 3.3)
+        for ax, (task, of) in zip(panels, tried.items(), strict=True):
+            for index, name in enumerate(names):
+                look = line_look(index) | ({"markersize": 9, "markeredgecolor": "black"} if name == FOREMOST else {})
+                points = of.get(name, [])
+                x, y = [m["ece"] for m in points], [m["acc"] for m in points]
+                ax.plot(x, y, linestyle="", alpha=0.8, label=name, zorder=3 + index, **look)
+            ax.set(title=task, xlabel=TITLES["ece"], ylabel=TITLES["acc"])
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        return save_figure(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tuning", type=Path, help="tuning.json of benchmarks.comparison")
+    parser.add_argument("--tasks", nargs="+", help="all if absent")
+    parser.add_argument("--out", type=Path, default=Path())
+    arguments = parser.parse_args(argv)
+    tried = read(arguments.tuning)
+    if missing := set(arguments.tasks or ()) - tried.keys():
+        parser.error(f"{arguments.tuning} has no runs of {', '.join(sorted(missing))}: it has {', '.join(tried)}")
+    tried = {task: of for task, of in tried.items() if task in (arguments.tasks or tried)}
+    with open_atomic(arguments.out / "tried.md") as file:
+        file.write(markdown(tried).encode())
+    draw(tried, arguments.out / "tried.png")
+
+
+if __name__ == "__main__":
+    main()
