@@ -15,9 +15,12 @@ from utils.report_rows import AUROCS, METRICS, Row
 from utils.report_scores import Prediction, running_log_probs
 from utils.run import METRICS_FILE, RELIABILITY_FILE, read_metrics
 
-VARIED = ("method.factory", "peft", "opt", "train", "quantization")
-"""Groups of the configuration whose differing keys make a variant."""
-NOT_VARIED = ("log_every", "checkpoint_every", "target_modules", "_target_", "init_seed")
+VARIED = (
+    *("method.factory", "peft", "opt", "train", "quantization", "dtype"),
+    *("dset.scoring", "dset.validation_fraction", "eval.keep"),
+)
+"""Groups and keys of the configuration whose differing keys make a variant."""
+NOT_VARIED = ("log_every", "checkpoint_every", "_target_", "init_seed", "graph_padding", "compile")
 PATHS = ("init_adapter",)
 """Keys of which only whether they are set tells variants apart."""
 
@@ -29,6 +32,8 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     rows: list[Row]
+    files: list[Path]
+    """For each row the file of its raw predictions, which need not exist."""
 
 
 def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...], Path], list[str]]:
@@ -57,14 +62,13 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
     rows: dict[tuple[Any, ...], Row] = {}
     files: dict[tuple[Any, ...], Path] = {}
     for run in runs:
-        for row in run.rows:
+        for row, file in zip(run.rows, run.files, strict=True):
             key = (*row.run, row.split, row.mc)
             if key in rows:
                 if row.method != "zero_shot":
                     notes.append(f"left out {run.folder}, {row.split} MC={row.mc}: repeats {files[key].parent}")
                 continue
-            file = f"predictions_{row.split.replace(':', '_')}_mc{row.mc}.npz"
-            rows[key], files[key] = row, run.folder / file
+            rows[key], files[key] = row, file
     return list(rows.values()), files, notes
 
 
@@ -111,7 +115,8 @@ def _read_run(folder: Path) -> Run:
     settings = dict(
         pair for group in VARIED for pair in _leaves(group, OmegaConf.select(OmegaConf.create(config), group))
     )
-    return Run(folder, settings, rows)
+    files = [folder / f"predictions_{r['split'].replace(':', '_')}_mc{r['mc']}.npz" for r in finals]
+    return Run(folder, settings, rows, files)
 
 
 def _finite(value: Any) -> float | None:

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import t as student_t
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_1samp, ttest_ind
 
 ALPHA = 0.05
 """Level of the tests."""
@@ -159,6 +159,13 @@ def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
     if min(len(first), len(second)) < 2 or np.ptp(first) == np.ptp(second) == 0.0:
         return 1.0
     return float(ttest_ind(first, second, equal_var=False).pvalue)
+
+
+def constant_p(values: Sequence[float], constant: float) -> float:
+    """Two-sided p value of a t-test over seeds against a number that no seed changes; 1 for one seed or no spread."""
+    if len(values) < 2 or np.ptp(values) == 0.0:
+        return 1.0
+    return float(ttest_1samp(values, constant).pvalue)
 
 
 def _parts(prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row, own_predictions
-from utils.report_scores import ALPHA, Prediction, pairable, paired_p, score, welch_p
+from utils.report_scores import ALPHA, Prediction, constant_p, pairable, paired_p, score, welch_p
 
 SHOWN_AS_MEAN = ("sgp",)
 """Methods whose prediction with the posterior mean has a row of its own."""
@@ -19,7 +19,8 @@ CAPTION = (
     "same examples, for all seeds of the one with fewer, are compared by a t-test paired over seeds and examples; its "
     "squared standard error adds that over examples (bootstrapped for the ECE) and that over seeds, and with one seed "
     "it speaks of these adapters only. "
-    "Others by Welch's t-test over seeds, where a single seed is never significant. Rows marked (mean) are left out."
+    "Others by Welch's t-test over seeds, where a single seed is never significant; the base model, which no seed "
+    "changes, by a one-sample t-test. Rows marked (mean) are left out."
 )
 
 SCALED = {
@@ -86,6 +87,10 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
             if pairable(one, other):
                 ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
                 p_values[paired_p(one, other, metric) if ahead else 1.0] = "paired"
+            elif ZERO_SHOT in (winner, name):
+                base, trained = sorted((winner, name), key=lambda of: of != ZERO_SHOT)
+                constant = values(column[base], metric)[0]
+                p_values[constant_p(values(column[trained], metric), constant)] = "one-sample"
             else:
                 p_values[welch_p(values(column[winner], metric), values(rows, metric))] = "welch"
         if winner is not None and p_values:

@@ -40,7 +40,11 @@ def write_run(
     }
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     write_json_atomic(folder / "environment.json", {"git_commit": "abc"})
-    modes = [("zero_shot", 1), *([(8, 8)] if method == "sgp" else []), ("mean", 1)]
+    modes = (
+        [("mean", 1)]
+        if method == "zero_shot"
+        else [("zero_shot", 1), *([(8, 8)] if method == "sgp" else []), ("mean", 1)]
+    )
     for split in ["test", *(["ood:far"] if ood else []), *more]:
         for mc, samples in modes:
             logits, answer = scores("zero_shot" if mc == "zero_shot" else method, seed, task, samples)
@@ -187,10 +191,24 @@ def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
         read_csv(path)
 
 
-def test_missing_prediction_files_leave_welch(runs, tmp_path):
+def test_a_run_of_the_base_model_is_paired_with_the_others_by_its_predictions(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"sgp{seed}", "sgp", seed)
+    write_run(tmp_path / "base", "zero_shot")
+    for path in tmp_path.glob("sgp*/predictions_test_mczero_shot.npz"):
+        path.unlink()
+    report.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    judged = [row for row in read_csv(tmp_path / "out" / "results.csv") if row.p_nll is not None]
+    assert {row.method for row in judged} == {"sgp"}
+    assert {row.test_nll for row in judged} == {"paired"}
+    assert all(row.p_nll < 1e-6 for row in judged)
+
+
+def test_missing_prediction_files_leave_tests_over_seeds(runs, tmp_path):
     for path in runs.rglob("*.npz"):
         path.unlink()
     report.main([str(runs), "--out", str(tmp_path / "a")])
     tests = {row.test_nll for row in read_csv(tmp_path / "a" / "results.csv")}
-    assert tests == {"", "welch"}
+    assert "one-sample" in tests
+    assert "paired" not in tests
     assert not list((tmp_path / "a").glob("reliability_*"))

@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from bnn import metrics
 from utils.report_figures import sample_curve
 from utils.report_rows import Row, own_predictions
 from utils.report_scores import (
     Prediction,
+    constant_p,
     ece,
     example_losses,
     pairable,
@@ -123,6 +124,22 @@ def test_welch_never_calls_a_single_seed_significant():
     mark_significant(column, {})
     assert best(column, "nll") == "a"
     assert not significant(column, "nll", "a")
+
+
+def test_without_predictions_the_base_model_is_a_constant():
+    seeds = [0.10, 0.11, 0.12]
+    assert constant_p(seeds, 0.9) == pytest.approx(ttest_1samp(seeds, 0.9).pvalue)
+    assert constant_p(seeds, 0.9) < 1e-3
+    assert constant_p([0.1], 0.9) == constant_p([0.1, 0.1], 0.9) == 1.0
+    column = {"sgp": [make_row("sgp", i, nll) for i, nll in enumerate(seeds)]}
+    column |= {"mle": [make_row("mle", i, nll + 0.5) for i, nll in enumerate(seeds)]}
+    column |= {"zero_shot": [make_row("zero_shot", 0, 0.9)]}
+    mark_significant(column, {})
+    assert significant(column, "nll", "sgp")
+    column["zero_shot"] = [make_row("zero_shot", 0, 0.115)]
+    mark_significant(column, {})
+    assert column["sgp"][0].test_nll == "one-sample"
+    assert not significant(column, "nll", "sgp")
 
 
 def test_methods_are_paired_over_the_seeds_of_the_one_that_has_fewer():
