@@ -23,6 +23,10 @@ Tried = dict[str, dict[str, list[dict[str, float]]]]
 """Mean metrics of the settings tried, by task and method."""
 FOREMOST = "sgp"
 """The method drawn above the others."""
+LOOK = {"marker": "s", "color": "#F0E442", "markersize": 9, "markeredgecolor": "black"}
+"""And how."""
+LOWEST = 0.15
+"""Settings whose accuracy is so much below the best of the task are left out of the drawing."""
 
 
 def read(path: Path) -> Tried:
@@ -45,34 +49,30 @@ def read(path: Path) -> Tried:
 
 def markdown(tried: Tried) -> str:
     """NLL in nats; ACC and ECE in per cent."""
-    lines = [
-        "| task | method | settings | NLL, median | NLL, worst | ECE %, median | ECE %, worst | most accurate: ACC % / NLL / ECE % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["task", "method", "settings", "NLL, median", "NLL, worst", "ECE %, median", "ECE %, worst"]
+    head.append("most accurate: ACC % / NLL / ECE %")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task, of in tried.items():
         for method, found in of.items():
             nll, ece = [m["nll"] for m in found], [100 * m["ece"] for m in found]
             best = min(found, key=lambda m: (-m["acc"], m["nll"]))
-            cells = [
-                f"{statistics.median(nll):.3f}",
-                f"{max(nll):.3f}",
-                f"{statistics.median(ece):.1f}",
-                f"{max(ece):.1f}",
-            ]
+            cells = [f"{statistics.median(nll):.3f}", f"{max(nll):.3f}"]
+            cells += [f"{statistics.median(ece):.1f}", f"{max(ece):.1f}"]
             most = f"{100 * best['acc']:.1f} / {best['nll']:.3f} / {100 * best['ece']:.1f}"
             lines.append("| " + " | ".join([task, method, str(len(found)), *cells, most]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(tried: Tried, path: Path) -> Path:
-    """A panel per task; ``FOREMOST`` large and last."""
+    """A panel per task; ``FOREMOST`` last."""
     names = sorted({method for of in tried.values() for method in of}, key=lambda name: (name == FOREMOST, name))
     with matplotlib.rc_context(STYLE):
         figure, panels = panel_grid(len(tried), 3.6, 3.3)
         for ax, (task, of) in zip(panels, tried.items(), strict=True):
+            best = max(m["acc"] for found in of.values() for m in found)
             for index, name in enumerate(names):
-                look = line_look(index) | ({"markersize": 9, "markeredgecolor": "black"} if name == FOREMOST else {})
-                points = of.get(name, [])
+                points = [m for m in of.get(name, []) if m["acc"] >= best - LOWEST]
+                look = LOOK if name == FOREMOST else line_look(index)
                 x, y = [m["ece"] for m in points], [m["acc"] for m in points]
                 ax.plot(x, y, linestyle="", alpha=0.8, label=name, zorder=3 + index, **look)
             ax.set(title=task, xlabel=TITLES["ece"], ylabel=TITLES["acc"])
