@@ -2,14 +2,15 @@
 
     python -m benchmarks.ablations --out outputs/ablations --rate 6e-4 --jobs 2 paths.data_dir=/data
 
-The learning rate is that of the comparison (``tuning.json``), held for all settings. Writes ablations.csv, a row
-per run with the metrics on test data, and ablations.md, mean and standard deviation over seeds. Finished runs are
-skipped. The NLL on validation data stands beside the test metrics: choose by that one.
+The learning rate is held for all settings. Writes ablations.csv, a row per run with the metrics on test data, and
+ablations.md, mean and standard deviation over seeds. Finished runs are skipped; the tables hold all of them, also those
+of earlier calls. The NLL on validation data stands beside the test metrics: choose by that one.
 """
 
 import argparse
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +50,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 def job_of(task: str, label: str, rate: float, seed: int, out: Path, common: Sequence[str] = ()) -> Job:
     """One setting with one seed."""
     name = "".join(c if c.isalnum() else "_" for c in label)
-    overrides = Comparison(out, common).overrides(task, "sgp", seed, Setting(rate))
-    return Job(out / task / name / f"seed{seed}", (*overrides, *SETTINGS[label]), True)
+    overrides = Comparison(out, common).overrides(task, "sgp", seed, Setting(rate), more=SETTINGS[label])
+    return Job(out / task / name / f"seed{seed}", overrides, True)
 
 
 def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | float]]:
@@ -64,7 +65,8 @@ def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | floa
                 if r["kind"] == "final" and r["mc"] not in ("mean", "zero_shot")
             }
             test = {name: records["test"][name] for name in METRICS}
-            rows.append({"setting": label, "seed": seed, **test, "validation_nll": records["validation"]["nll"]})
+            validation = records.get("validation", {}).get("nll", math.nan)
+            rows.append({"setting": label, "seed": seed, **test, "validation_nll": validation})
     return rows
 
 
@@ -111,12 +113,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out.resolve()
     jobs = {
         (label, seed): job_of(arguments.task, label, arguments.rate, seed, out, arguments.overrides)
-        for label in arguments.only
+        for label in SETTINGS
         for seed in SEEDS
     }
-    with processes(arguments.jobs) as pool:
-        run_chains(pool, [iter([(0, list(jobs.values()))])], arguments.jobs, arguments.seconds)
-    rows = results(jobs)
+    asked = [job for (label, _), job in jobs.items() if label in arguments.only]
+    try:
+        with processes(arguments.jobs) as pool:
+            run_chains(pool, [iter([(0, asked)])], arguments.jobs, arguments.seconds)
+        rows = results(jobs)
+    except ValueError as error:
+        parser.error(str(error))
     if not rows:
         parser.error("no run has finished: see the lines above for what went wrong")
     write(rows, out)

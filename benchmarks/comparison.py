@@ -18,7 +18,7 @@ Many runs share one GPU: they are bound by launches, not by arithmetic (start NV
 """
 
 import argparse
-import json
+import itertools
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -125,11 +125,13 @@ class Comparison(NamedTuple):
     out: Path
     common: Sequence[str] = ()
 
-    def overrides(self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "") -> tuple[str, ...]:
+    def overrides(
+        self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "", more: Sequence[str] = ()
+    ) -> tuple[str, ...]:
         """The command line of a run; ``tuned_as`` names the method whose setting it is, if another."""
         own = OWN.get(tuned_as or method, {}).get(setting.own, ())
         which = (f"method={method}", f"opt.lr={setting.rate:g}", f"seed={seed}")
-        return (*COMMON, *TASKS[task], *which, *own, *self.common)
+        return (*COMMON, *TASKS[task], *which, *own, *more, *self.common)
 
     def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
         """One setting of the search with one seed."""
@@ -140,26 +142,21 @@ class Comparison(NamedTuple):
         """Where the run of a method with a setting and a seed is kept."""
         return self.out / "final" / task / method / str(setting) / f"seed{seed}"
 
-    def final_jobs(self, task: str, method: str, setting: Setting, tuned_as: str = "") -> list[Job]:
-        """A method with its chosen setting and all seeds."""
-        return [
-            Job(
-                self.final_folder(task, method, setting, seed),
-                self.overrides(task, method, seed, setting, tuned_as),
-                True,
-            )
-            for seed in SEEDS
-        ]
+    def final_job(
+        self, task: str, method: str, setting: Setting, seed: int, tuned_as: str = "", more: Sequence[str] = ()
+    ) -> Job:
+        """A method with its chosen setting and one seed."""
+        folder = self.final_folder(task, method, setting, seed)
+        return Job(folder, self.overrides(task, method, seed, setting, tuned_as, more), True)
 
     def jobs_after_mle(self, task: str, setting: Setting) -> list[Job]:
         """Methods that have the setting of ``mle``; those of ``POST_HOC`` start from its adapters."""
         jobs = []
-        for method in POST_HOC:
-            for job, seed in zip(self.final_jobs(task, method, setting, "mle"), SEEDS, strict=True):
-                adapter = self.final_folder(task, "mle", setting, seed) / "adapter"
-                from_adapter = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
-                jobs.append(job._replace(overrides=(*job.overrides, *from_adapter, *POST_HOC_OWN.get(method, ()))))
-        return [*jobs, *(job for method in AS_MLE for job in self.final_jobs(task, method, setting, "mle"))]
+        for method, seed in itertools.product(POST_HOC, SEEDS):
+            adapter = self.final_folder(task, "mle", setting, seed) / "adapter"
+            start = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
+            jobs.append(self.final_job(task, method, setting, seed, "mle", (*start, *POST_HOC_OWN.get(method, ()))))
+        return [*jobs, *(self.final_job(task, m, setting, s, "mle") for m, s in itertools.product(AS_MLE, SEEDS))]
 
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""
@@ -204,7 +201,7 @@ class Comparison(NamedTuple):
         for jobs in self.search(task, method, tried):
             yield 0, jobs
         for priority, setting in enumerate(chosen(self.found(task, method, tried, TUNING_SEEDS)).values()):
-            yield priority, self.final_jobs(task, method, setting)
+            yield priority, [self.final_job(task, method, setting, seed) for seed in SEEDS]
             if method == "mle":
                 yield priority, [self.zero_shot_job(task), *self.jobs_after_mle(task, setting)]
 
@@ -214,6 +211,30 @@ class Comparison(NamedTuple):
         for _ in self.search(task, method, tried):
             pass
         return tried
+
+    def run(self, names: Sequence[str], jobs: int, seconds: float = float("inf")) -> None:
+        """Search, train and test.
+
+        Args:
+            names: of tasks and grids.
+            jobs: runs at a time.
+            seconds: no run starts later than this.
+
+        Raises:
+            ValueError: for an unknown name, or where the folder holds runs with other settings.
+            RuntimeError: if no run on test has finished.
+        """
+        if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
+            raise ValueError(f"unknown task {unknown[0]}; there are {', '.join((*GRIDS, *TASKS))}")
+        tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
+        chains = [self.chain(task, method) for task in tasks for method in RATES]
+        with processes(jobs) as pool:
+            complete = run_chains(pool, chains, jobs, seconds)
+        self.write_lists([task for task in TASKS if (self.out / "tune" / task).is_dir()])
+        if not complete:
+            print("not complete: the same command goes on")
+        if not any((self.out / f"by_{rule}.txt").stat().st_size for rule in RULES):
+            raise RuntimeError("no run on test has finished: see the lines above")
 
     def write_lists(self, tasks: Sequence[str]) -> None:
         """``tuning.json``, and by rule the finished runs on test."""
@@ -230,7 +251,7 @@ class Comparison(NamedTuple):
                     setting = chosen(self.found(task, method, settings, TUNING_SEEDS)).get(rule)
                     if setting is None:
                         continue
-                    jobs += self.final_jobs(task, method, setting)
+                    jobs += [self.final_job(task, method, setting, seed) for seed in SEEDS]
                     if method == "mle":
                         jobs += self.jobs_after_mle(task, setting)
             (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
@@ -269,22 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
     arguments = parser.parse_args(argv)
-    tasks = list(dict.fromkeys(task for name in arguments.tasks for task in GRIDS.get(name, (name,))))
-    comparison = Comparison(arguments.out.resolve(), arguments.overrides)
-    begun = comparison.out / "overrides.json"
-    if begun.exists() and json.loads(begun.read_text()) != arguments.overrides:
-        parser.error(
-            f"{comparison.out} holds a comparison with the overrides in {begun.name}: use them, or another --out"
-        )
-    write_json_atomic(begun, arguments.overrides)
-    chains = [comparison.chain(task, method) for task in tasks for method in RATES]
-    with processes(arguments.jobs) as pool:
-        complete = run_chains(pool, chains, arguments.jobs, arguments.seconds)
-    comparison.write_lists(tasks)
-    if not complete:
-        print("not complete: the same command goes on")
-    if not any((comparison.out / f"by_{rule}.txt").stat().st_size for rule in RULES):
-        sys.exit("no run on test has finished: see the lines above")
+    try:
+        comparison = Comparison(arguments.out.resolve(), arguments.overrides)
+        comparison.run(arguments.tasks, arguments.jobs, arguments.seconds)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from utils.run import RELIABILITY_FILE, write_json_atomic
 from utils.settings import compose, one_line
 
 TUNED = "tuned.json"
+SETTINGS = "overrides.json"
+"""What a run was made with, beside it."""
 PAUSES = (5.0, 15.0, 45.0)
 """Seconds before a run that found too little memory is tried again."""
 
@@ -40,7 +42,15 @@ Chain = Iterator[tuple[int, Sequence[Job]]]
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run's last file is there."""
+    """Whether the run's last file is there.
+
+    Raises:
+        ValueError: if the folder's run was made with other settings.
+    """
+    made = job.folder / SETTINGS
+    if made.exists() and (before := json.loads(made.read_text())) != list(job.overrides):
+        other = sorted(set(before) ^ set(job.overrides))
+        raise ValueError(f"{job.folder} holds a run with other settings ({' '.join(other)}): use another --out")
     return (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists()
 
 
@@ -52,6 +62,7 @@ def tuned(job: Job) -> dict[str, float]:
 def execute(job: Job) -> None:
     """Run one job in this process."""
     cfg = compose(CONFIGS, [*job.overrides, f"paths.output_dir={job.folder}", "overwrite=true"])
+    write_json_atomic(job.folder / SETTINGS, list(job.overrides))
     if job.test:
         train_script.execute(cfg)
         return
@@ -68,12 +79,15 @@ def work(job: Job) -> str | None:
     """``execute``; returns what went wrong, if anything: one failing run must not end the others.
 
     A run for which other processes left too little memory is tried again after each of ``PAUSES``.
+
+    Raises:
+        TooLittleMemoryError: if there was too little every time, which says nothing about the run's settings.
     """
     for pause in (*PAUSES, None):
         try:
             execute(job)
         except (torch.OutOfMemoryError, TooLittleMemoryError) as error:
-            failure: str | None = one_line(error, CONFIGS)
+            failure = one_line(error, CONFIGS)
         except train_script.USER_ERRORS as error:
             return one_line(error, CONFIGS)
         except Exception as error:
@@ -86,11 +100,13 @@ def work(job: Job) -> str | None:
                 torch.cuda.empty_cache()
         if pause is not None:
             time.sleep(pause)
-    return failure
+    raise TooLittleMemoryError(failure)
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
     """Go through all chains, ``slots`` runs at a time; finished runs are skipped, failures reported and left out.
+
+    A chain with a run that found too little memory stops there: what follows must not hang on who shared the GPU.
 
     Args:
         pool: where runs are made.
@@ -100,10 +116,14 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
 
     Returns:
         Whether all chains came to their end.
+
+    Raises:
+        ValueError: if a folder holds a run with other settings than the job's.
     """
     end, order, done = time.monotonic() + seconds, itertools.count(), itertools.count(1)
     waiting: list[tuple[int, int, int, Job]] = []
     left = [0] * len(chains)
+    complete = True
     running: dict[Future[str | None], tuple[int, Job]] = {}
 
     def advance(index: int) -> None:
@@ -124,11 +144,16 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             running[pool.submit(work, job)] = (index, job)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             index, job = running.pop(future)
-            if isinstance(future.exception(), BrokenExecutor):
+            error = future.exception()
+            if isinstance(error, BrokenExecutor):
                 print(f"{job.folder}: a worker process died, perhaps for want of memory: use fewer --jobs", flush=True)
                 return False
-            print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {future.result() or 'done'}", flush=True)
+            result = f"{error}: use fewer --jobs" if error else future.result() or "done"
+            print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)
+            if error:
+                complete = False
+                continue
             left[index] -= 1
             if not left[index]:
                 advance(index)
-    return not waiting
+    return complete and not waiting

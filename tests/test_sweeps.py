@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from benchmarks.comparison import Comparison
+from hydra_plugins.comparison_sweeper import ComparisonSweeper
 from utils.run import read_metrics
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_script.py"
@@ -43,3 +45,23 @@ def test_jobs_that_differ_in_no_name_get_their_own_folders(launcher, tmp_path, o
         assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2]
         assert {record["mc"] for record in records if record["kind"] == "final"} == {"zero_shot", 3, "mean"}
     assert done.stdout.count("run folder:") == 2
+
+
+def test_the_experiment_is_a_comparison_in_the_folder_of_the_sweep(tmp_path):
+    own = ["hydra.sweeper.tasks=[sst2_100]", "hydra.sweeper.seconds=0", f"hydra.sweep.dir={tmp_path / 'out'}"]
+    command = [sys.executable, str(SCRIPT), "experiment=benchmark_small", *own, "llm=tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "error: no run on test has finished: see the lines above"
+    assert "not complete: the same command goes on" in done.stdout
+    assert (tmp_path / "out" / "by_nll.txt").read_text() == ""
+
+
+def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Comparison, "run", lambda self, *arguments: said.append((self, *arguments)))
+    sweeper = ComparisonSweeper(["sst2_500", "small"], 3, None, params={"paths": "sweep"})
+    sweeper.setup(
+        hydra_context=None, task_function=None, config=OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    )
+    sweeper.sweep(["experiment=benchmark_small", "llm=tiny", "paths.data_dir=x"])
+    assert said == [(Comparison(tmp_path, ["llm=tiny", "paths.data_dir=x"]), ["sst2_500", "small"], 3, float("inf"))]

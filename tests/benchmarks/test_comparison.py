@@ -96,8 +96,8 @@ def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_pa
     assert "it fails" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("failures", "expected"), [(2, None), (9, "error: too little")])
-def test_a_run_that_found_too_little_memory_is_tried_again(tmp_path, monkeypatch, failures, expected):
+@pytest.mark.parametrize("failures", [2, 9])
+def test_a_run_that_found_too_little_memory_is_tried_again(tmp_path, monkeypatch, failures):
     tries: list[Job] = []
 
     def execute(job: Job) -> None:
@@ -107,8 +107,56 @@ def test_a_run_that_found_too_little_memory_is_tried_again(tmp_path, monkeypatch
 
     monkeypatch.setattr(workers, "execute", execute)
     monkeypatch.setattr(workers, "PAUSES", (0.0, 0.0))
-    assert workers.work(Job(tmp_path, (), True)) == expected
+    if failures < 3:
+        assert workers.work(Job(tmp_path, (), True)) is None
+    else:
+        with pytest.raises(TooLittleMemoryError, match="too little"):
+            workers.work(Job(tmp_path, (), True))
     assert len(tries) == 3
+
+
+def test_a_chain_waits_for_a_run_that_found_too_little_memory(tmp_path, monkeypatch, capsys):
+    """What it chooses next must not depend on who shared the GPU; the other chains go on."""
+
+    def work(job: Job) -> None:
+        if job.folder.name == "a1":
+            raise TooLittleMemoryError("too little")
+
+    class Own(Serial):
+        def submit(self, function, /, *arguments, **keywords):
+            try:
+                return super().submit(function, *arguments, **keywords)
+            except TooLittleMemoryError as error:
+                failed: Future = Future()
+                failed.set_exception(error)
+                return failed
+
+    monkeypatch.setattr(workers, "work", work)
+    chains = [iter([(0, [Job(tmp_path / f"{name}{i}", (), True)]) for i in (1, 2)]) for name in "ab"]
+    assert not run_chains(Own(), chains, slots=1)
+    out = capsys.readouterr().out
+    assert "a1 too little: use fewer --jobs" in out
+    assert "a2" not in out
+    assert "b2 done" in out
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path):
+    job = Job(tmp_path, ("opt.lr=1",), False)
+    assert not workers.is_finished(job)
+    workers.write_json_atomic(tmp_path / workers.SETTINGS, ["opt.lr=1"])
+    workers.write_json_atomic(tmp_path / workers.TUNED, {})
+    assert workers.is_finished(job)
+    with pytest.raises(ValueError, match=r"other settings \(opt.lr=1 opt.lr=2\): use another --out"):
+        workers.is_finished(Job(tmp_path, ("opt.lr=2",), False))
+
+
+def test_what_the_user_says_comes_last(tmp_path):
+    made = Comparison(tmp_path, ["method.factory.precision_by=evidence"])
+    jobs = [job for job in made.jobs_after_mle("sst2_100", Setting(1e-3)) if "method=laplace" in job.overrides]
+    assert len(jobs) == 3
+    for job in jobs:
+        assert job.overrides.index("method.factory.precision_by=validation") < len(job.overrides) - 1
+        assert job.overrides[-1] == "method.factory.precision_by=evidence"
 
 
 def die(job: Job) -> None:

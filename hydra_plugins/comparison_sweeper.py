@@ -1,0 +1,43 @@
+"""``hydra/sweeper=comparison``: the sweep that ``experiment=benchmark_small`` is."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class ComparisonSweeper(Sweeper):
+    """Tunes, trains and tests all methods on a grid of tasks (``benchmarks.comparison``) in ``hydra.sweep.dir``.
+
+    Overrides on the command line hold for every run. A search decides on the runs as it goes, so they are made by
+    worker processes of its own and not by a launcher. Finished runs are skipped.
+
+    Args:
+        tasks: names of tasks and grids.
+        jobs: runs at a time.
+        seconds: no run starts later than this; null: no limit.
+        params: of Hydra's own sweeper; not used.
+    """
+
+    def __init__(self, tasks: list[str], jobs: int, seconds: float | None, params: Any = None) -> None:
+        self.tasks = tasks
+        self.jobs = jobs
+        self.seconds = float("inf") if seconds is None else seconds
+        self._folder = Path()
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """See ``Sweeper.setup``."""
+        self._folder = Path(config.hydra.sweep.dir)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the comparison; its own mistakes are reported in one line."""
+        from benchmarks.comparison import Comparison  # every start of any program here looks at this file
+
+        common = [argument for argument in arguments if not argument.startswith("experiment=")]
+        try:
+            Comparison(self._folder.resolve(), common).run(self.tasks, self.jobs, self.seconds)
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"error: {error}")
