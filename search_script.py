@@ -30,7 +30,7 @@ from pipeline import evaluation
 from pipeline.processes import processes
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
-from train_script import DEBUG, USER_ERRORS, launch
+from train_script import DEBUG, USER_ERRORS, execute, launch
 from utils.search.analysis import hypervolume_curves, importances
 from utils.search.experiment import flat, write_experiment
 from utils.search.figures import plot_search
@@ -153,7 +153,10 @@ def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: o
 
 
 def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dict[int, list[dict[str, float]]]:
-    """Test metrics of the points trained with each fresh seed; a run that has finished is read, not repeated."""
+    """Test metrics of the points trained with each fresh seed; a run that has finished is read, not repeated.
+
+    A run that fails is reported, and the other seeds stand for the point.
+    """
     place, seeds, at_once = Path(cfg.paths.output_dir) / "final", cfg.search.final_seeds, cfg.search.final_jobs
     folders = {p.number: [place / f"trial{p.number:04d}_seed{seed}" for seed in seeds] for p in points}
     missing = [
@@ -163,18 +166,23 @@ def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dic
         if final_test(folder) is None
     ]
     if at_once == 1:
-        for settings in missing:
-            final(settings)
+        failures = [final(settings) for settings in missing]
     else:
         with processes(at_once) as pool:
-            list(pool.map(final, missing))
+            failures = list(pool.map(final, missing))
+    for settings, failure in zip(missing, failures, strict=True):
+        if failure:
+            logger.warning("[FINAL RUN] %s failed: %s", settings.paths.output_dir, failure)
     return {number: [tested for f in own if (tested := final_test(f))] for number, own in folders.items()}
 
 
-def final(cfg: DictConfig) -> None:
-    """One run to its end."""
-    run = prepare(cfg)
-    evaluation.finish(run, train(run))
+def final(cfg: DictConfig) -> str | None:
+    """One run to its end, as the training script makes it; returns what went wrong, if anything."""
+    try:
+        execute(cfg)
+    except USER_ERRORS as error:
+        return one_line(error, CONFIGS)
+    return None
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="search")

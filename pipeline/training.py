@@ -97,7 +97,8 @@ def accumulate(
 ) -> Loss:
     """Backward over this process's micro-batches of a step, each under its own draw; returns the step's mean loss.
 
-    The weights of all micro-batches sum to 1, so the KL counts once.
+    The weights of all micro-batches sum to 1, so the KL counts once. The members of an ensemble share nothing: each has
+    its own gradient, and the loss returned is the mean of theirs.
     """
 
     def backward(batch: Batch, weight: float | Tensor, beta: float | Tensor) -> Loss:
@@ -108,15 +109,16 @@ def accumulate(
         return Loss(*(share * value.detach() for value in loss))
 
     n_mc, padding = run.cfg.train.n_mc, graphs.padding if graphs else {}
-    parts = []
+    parts, members = [], 1
     for micro, weight in run.world.micro_batches(examples, run.cfg.train.batch_size):
         batch = run.encoder.collate(micro, **padding).tile(n_mc)
         for member, _ in enumerate(run.method.members(run.model)):
+            members = member + 1
             if graphs:
                 parts.append(graphs(backward, batch, weight, beta, variant=member))
             else:
                 parts.append(backward(batch.to(run.device), weight, beta))
-    sums = [torch.stack(values).sum() for values in zip(*parts, strict=True)]
+    sums = [torch.stack(values).sum() / members for values in zip(*parts, strict=True)]
     run.world.sum_(sums)
     return Loss(*sums)
 

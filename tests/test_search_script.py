@@ -81,6 +81,7 @@ def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # the same command again only writes the results anew
         patch.setattr(ss, "prepare", None)
+        patch.setattr(ss, "execute", None)
         run(tmp_path / "a", "search.final_seeds=[5]")
     rows = list(csv.DictReader((folder / "front.csv").open()))
     chosen = {rule: row for row in rows for rule in row["selected"].split("; ") if rule}
@@ -89,13 +90,30 @@ def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
         number = int(row["trial"])
         written = OmegaConf.load(folder / "selected" / f"{rule}.yaml")
         assert written.opt.lr == done[number].params["opt.lr"]
-        text = (folder / "final" / f"trial{number:04d}_seed5" / "metrics.jsonl").read_text()
-        assert '"split": "test"' in text
+        final = folder / "final" / f"trial{number:04d}_seed5"
+        assert '"split": "test"' in (final / "metrics.jsonl").read_text()
+        assert {"config.yaml", "environment.json"} <= {path.name for path in final.iterdir()}, "a report needs them"
         assert float(row["test_nll"]) > 0
         trial_cfg = OmegaConf.load(folder / "trials" / f"{number:04d}" / "config.yaml")
         values = [f"{key}={value}" for key, value in done[number].params.items()]
         same = fingerprint(compose(ROOT / "configs", [*ss.training_overrides(FAST), *values]))
         assert fingerprint(trial_cfg) == OmegaConf.to_container(OmegaConf.create(same), resolve=True)
+
+
+def test_a_final_run_that_fails_is_reported_and_the_others_count(tmp_path, monkeypatch, caplog):
+    real = ss.execute
+
+    def execute(cfg):
+        if cfg.seed == 6:
+            raise FloatingPointError("loss nan")
+        return real(cfg)
+
+    monkeypatch.setattr(ss, "execute", execute)
+    with caplog.at_level("WARNING"):
+        folder = run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5,6]")
+    (row,) = csv.DictReader((folder / "front.csv").open())
+    assert float(row["test_nll"]) > 0
+    assert "trial0000_seed6 failed: error: loss nan" in caplog.text
 
 
 def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):

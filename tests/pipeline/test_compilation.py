@@ -1,6 +1,8 @@
 """Training with compiled layers gives what training without them gives."""
 
 import functools
+import os
+import shutil
 
 import pytest
 import torch
@@ -59,6 +61,7 @@ def test_gradients_of_traced_layers(command, traced_only, name):
     assert 0 < counters["stats"]["unique_graphs"] <= 6  # layers share them; an ensemble has its own per member
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_gradients_of_compiled_layers(command):
     assert_equal_gradients(prepare(compose(CONFIGS, command("method=sgp"))))
 
