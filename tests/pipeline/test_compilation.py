@@ -53,7 +53,7 @@ def assert_equal_gradients(run: Run) -> None:
                 torch.testing.assert_close(other, own, rtol=1e-4, atol=1e-6 * float(own.abs().max() + 1e-8))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("compiled", "warm-up")])
 def test_gradients_of_traced_layers(command, traced_only, name):
     run = prepare(compose(CONFIGS, command(*METHODS[name], "train.graph_padding=null")))
     assert_equal_gradients(run)

@@ -44,8 +44,13 @@ class NumberedSampler(BaseSampler):
         return self._inner.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """As the sampler chosen does."""
-        return self._inner.sample_relative(study, trial, search_space)
+        """As the sampler chosen does, but nothing that another trial has or had: that draws each value independently.
+
+        Near the end of a search proposals gather at the bounds of the space, and a run repeated tells nothing.
+        """
+        proposed = self._inner.sample_relative(study, trial, search_space)
+        others = (other.params for other in study.get_trials(deepcopy=False) if other.number != trial.number)
+        return {} if proposed and any(proposed == params for params in others) else proposed
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
         """As the sampler chosen does."""

@@ -154,3 +154,21 @@ def test_an_optuna_url_is_a_storage_too(tmp_path):
     study = open_study(f"sqlite:///{tmp_path}/study.db", "s", OBJECTIVES, sampler, {"search.objectives": OBJECTIVES})
     run(study, worker, 2)
     assert len(load_compared(f"sqlite:///{tmp_path}/study.db", OBJECTIVES).trials) == 2
+
+
+def test_a_proposal_is_not_made_twice(tmp_path, monkeypatch):
+    class Stubborn(optuna.samplers.RandomSampler):
+        def infer_relative_search_space(self, study, trial):
+            return {
+                "x": optuna.distributions.FloatDistribution(0, 1),
+                "y": optuna.distributions.IntDistribution(1, 9),
+            }
+
+        def sample_relative(self, study, trial, search_space):
+            return {"x": 0.5, "y": 3}
+
+    monkeypatch.setattr(NumberedSampler, "_make", lambda self, number: Stubborn(seed=number))
+    run(study := open_at(tmp_path, worker := Worker(tmp_path)), worker, 4)
+    params = [trial.params for trial in study.trials]
+    assert params[0] == {"x": 0.5, "y": 3}
+    assert len({tuple(p.values()) for p in params}) == 4
