@@ -48,10 +48,12 @@ def is_finished(job: Job) -> bool:
         ValueError: if the folder's run was made with other settings.
     """
     made = job.folder / SETTINGS
+    if not (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists():
+        return False
     if made.exists() and (before := json.loads(made.read_text())) != list(job.overrides):
-        other = sorted(set(before) ^ set(job.overrides))
-        raise ValueError(f"{job.folder} holds a run with other settings ({' '.join(other)}): use another --out")
-    return (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists()
+        other = " ".join(sorted(set(before) ^ set(job.overrides)))
+        raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another --out")
+    return True
 
 
 def tuned(job: Job) -> dict[str, float]:
