@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting
+from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting, check_common
 from benchmarks.workers import Job, is_finished, run_chains
 from pipeline.processes import processes
 from utils.report_rows import METRICS
@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     asked = [job for (label, _), job in jobs.items() if label in arguments.only]
     try:
+        check_common(arguments.overrides)
+        results(jobs)  # refuses a folder of other settings before any run
         with processes(arguments.jobs) as pool:
             run_chains(pool, [iter([(0, asked)])], arguments.jobs, arguments.seconds)
         rows = results(jobs)

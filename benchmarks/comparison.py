@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.workers import Chain, Job, is_finished, run_chains, tuned
+from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, tuned
 from pipeline.processes import processes
 from utils.run import write_json_atomic
 
@@ -100,6 +100,8 @@ POST_HOC_OWN = dict.fromkeys(
     ("laplace", "laplace_last"), ("eval.batch_size=16", "method.factory.precision_by=validation")
 )
 """What a method has of its own: small batches, since every example has a Jacobian; a choice by validation data too."""
+VARIED = ("seed", "method", "opt.lr", "dset", "paths.output_dir")
+"""Keys that differ from run to run, so no override of all runs may set them."""
 COMMON = (
     *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
     *("eval.n_mc=10", "eval.zero_shot=false", "eval.save_validation=true", "eval.figures=false"),
@@ -221,20 +223,29 @@ class Comparison(NamedTuple):
             seconds: no run starts later than this.
 
         Raises:
-            ValueError: for an unknown name, or where the folder holds runs with other settings.
+            ValueError: before any run: for an unknown name, an override of what is compared (``VARIED``), or a folder
+                that holds runs with other settings.
             RuntimeError: if no run on test has finished.
         """
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
             raise ValueError(f"unknown task {unknown[0]}; there are {', '.join((*GRIDS, *TASKS))}")
+        check_common(self.common)
+        for task in self.begun():
+            for method in RATES:
+                self.settings(task, method)
         tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
         chains = [self.chain(task, method) for task in tasks for method in RATES]
         with processes(jobs) as pool:
             complete = run_chains(pool, chains, jobs, seconds)
-        self.write_lists([task for task in TASKS if (self.out / "tune" / task).is_dir()])
+        self.write_lists(self.begun())
         if not complete:
             print("not complete: the same command goes on")
         if not any((self.out / f"by_{rule}.txt").stat().st_size for rule in RULES):
             raise RuntimeError("no run on test has finished: see the lines above")
+
+    def begun(self) -> list[str]:
+        """Tasks with runs in the folder, of earlier calls too."""
+        return [task for task in TASKS if (self.out / "tune" / task).is_dir()]
 
     def write_lists(self, tasks: Sequence[str]) -> None:
         """``tuning.json``, and by rule the finished runs on test."""
@@ -255,6 +266,12 @@ class Comparison(NamedTuple):
                     if method == "mle":
                         jobs += self.jobs_after_mle(task, setting)
             (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
+
+
+def check_common(overrides: Sequence[str]) -> None:
+    """Raise ValueError for an override that would undo the comparison."""
+    if undone := [key for key in by_key(overrides) if key in VARIED]:
+        raise ValueError(f"{undone[0]} differs from run to run here: leave it out")
 
 
 def ranked(found: dict[Setting, Metrics], rule: str) -> list[Setting]:

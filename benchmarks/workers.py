@@ -50,10 +50,15 @@ def is_finished(job: Job) -> bool:
     made = job.folder / SETTINGS
     if not (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists():
         return False
-    if made.exists() and (before := json.loads(made.read_text())) != list(job.overrides):
-        other = " ".join(sorted(set(before) ^ set(job.overrides)))
-        raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another --out")
+    if made.exists() and (before := by_key(json.loads(made.read_text()))) != (now := by_key(job.overrides)):
+        other = " ".join(f"{key}={value}" for key, value in sorted(before.items() ^ now.items()))
+        raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another folder")
     return True
+
+
+def by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """The last value of every key."""
+    return dict(override.partition("=")[::2] for override in overrides)
 
 
 def tuned(job: Job) -> dict[str, float]:
@@ -148,9 +153,9 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             index, job = running.pop(future)
             error = future.exception()
             if isinstance(error, BrokenExecutor):
-                print(f"{job.folder}: a worker process died, perhaps for want of memory: use fewer --jobs", flush=True)
+                print(f"{job.folder}: a worker process died, perhaps for want of memory: use fewer jobs", flush=True)
                 return False
-            result = f"{error}: use fewer --jobs" if error else future.result() or "done"
+            result = f"{error}: use fewer jobs" if error else future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)
             if error:
                 complete = False

@@ -135,7 +135,7 @@ def test_a_chain_waits_for_a_run_that_found_too_little_memory(tmp_path, monkeypa
     chains = [iter([(0, [Job(tmp_path / f"{name}{i}", (), True)]) for i in (1, 2)]) for name in "ab"]
     assert not run_chains(Own(), chains, slots=1)
     out = capsys.readouterr().out
-    assert "a1 too little: use fewer --jobs" in out
+    assert "a1 too little: use fewer jobs" in out
     assert "a2" not in out
     assert "b2 done" in out
 
@@ -146,7 +146,12 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     workers.write_json_atomic(tmp_path / workers.SETTINGS, ["opt.lr=1"])
     workers.write_json_atomic(tmp_path / workers.TUNED, {})
     assert workers.is_finished(job)
-    with pytest.raises(ValueError, match=r"other settings \(opt.lr=1 opt.lr=2\): use another --out"):
+    workers.write_json_atomic(tmp_path / workers.SETTINGS, ["seed=0", "opt.lr=3", "opt.lr=1"])
+    assert workers.is_finished(Job(tmp_path, ("opt.lr=1", "seed=0"), False)), (
+        "the order, and what is overridden, is free"
+    )
+    workers.write_json_atomic(tmp_path / workers.SETTINGS, ["opt.lr=1"])
+    with pytest.raises(ValueError, match=r"other settings \(opt.lr=1 opt.lr=2\): use another folder"):
         workers.is_finished(Job(tmp_path, ("opt.lr=2",), False))
 
 
@@ -251,3 +256,19 @@ def test_every_own_setting_composes_and_changes_something(method, tmp_path):
     )
     assert len(others) == 2
     assert all(default != other for other in others)
+
+
+@pytest.mark.parametrize("override", ["seed=3", "method=sgp", "opt.lr=1", "dset=cola"])
+def test_what_is_compared_cannot_be_overridden(override, tmp_path):
+    with pytest.raises(ValueError, match=f"{override.split('=')[0]} differs from run to run here: leave it out"):
+        Comparison(tmp_path, ["dtype=float32", override]).run(["sst2_100"], 1)
+
+
+def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, monkeypatch):
+    """Also where the runs are of a task that is not asked for, which the lists would hold."""
+    old = Comparison(tmp_path, ["dtype=float32"]).tuning_job("sst2_100", "mle", Setting(RATES["mle"][0]), 100)
+    workers.write_json_atomic(old.folder / workers.SETTINGS, list(old.overrides))
+    workers.write_json_atomic(old.folder / workers.TUNED, {"nll": 1.0, "acc": 0.5})
+    monkeypatch.setattr(comparison, "processes", None)
+    with pytest.raises(ValueError, match="dtype=bfloat16 dtype=float32"):
+        Comparison(tmp_path, ["dtype=bfloat16"]).run(["cola_500"], 1)

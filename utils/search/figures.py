@@ -70,7 +70,7 @@ def plot_trade_off(
             where = (point.metrics[x], point.metrics[y])
             text = f"Selected: {rule.replace('_nll', ' NLL')}"
             ax.scatter(*where, s=170, marker=CROSSES[rule], c="black", lw=2.2, zorder=5, label=text)
-        for index, point in enumerate(p for p in points if p.number in tests):
+        for index, point in enumerate(p for p in points if tests.get(p.number)):
             (mx, sx), (my, sy) = (mean_sd(tests[point.number], key) for key in (x, y))
             label = "Test, mean ± sd over seeds" if index == 0 else None
             ax.plot([point.metrics[x], mx], [point.metrics[y], my], ":", color="0.4", lw=1, zorder=2)

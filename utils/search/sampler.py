@@ -28,9 +28,9 @@ class NumberedSampler(BaseSampler):
     def _make(self, number: int) -> BaseSampler:
         seed = make_generator(self._seed, "search", number).initial_seed() % 2**32
         if self._kind == "gp":
-            return GPSampler(seed=seed, n_startup_trials=self._startup)
+            return GPSampler(seed=seed, n_startup_trials=self._startup, warn_independent_sampling=False)
         if self._kind == "tpe":
-            return TPESampler(seed=seed, n_startup_trials=self._startup)
+            return TPESampler(seed=seed, n_startup_trials=self._startup, warn_independent_sampling=False)
         return RandomSampler(seed=seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
