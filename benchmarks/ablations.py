@@ -8,8 +8,6 @@ of earlier calls. The NLL on validation data stands beside the test metrics: cho
 """
 
 import argparse
-import csv
-import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting, check_commo
 from benchmarks.workers import Job, is_finished, run_chains
 from pipeline.processes import processes
 from utils.report_rows import METRICS
-from utils.run import open_atomic, read_metrics
+from utils.run import read_metrics, write_csv_atomic, write_text_atomic
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -90,13 +88,8 @@ def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
 
 def write(rows: Sequence[dict[str, str | int | float]], out: Path) -> None:
     """ablations.csv and ablations.md."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    for name, content in (("ablations.csv", text.getvalue()), ("ablations.md", markdown(rows))):
-        with open_atomic(out / name) as file:
-            file.write(content.encode())
+    write_csv_atomic(out / "ablations.csv", list(rows[0]), rows)
+    write_text_atomic(out / "ablations.md", markdown(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

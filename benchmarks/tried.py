@@ -17,7 +17,7 @@ import matplotlib
 
 from utils.plots import STYLE, TITLES, line_look, save_figure
 from utils.report_figures import panel_grid
-from utils.run import open_atomic
+from utils.run import write_text_atomic
 
 Tried = dict[str, dict[str, list[dict[str, float]]]]
 """Mean metrics of the settings tried, by task and method."""
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := set(arguments.tasks or ()) - tried.keys():
         parser.error(f"{arguments.tuning} has no runs of {', '.join(sorted(missing))}: it has {', '.join(tried)}")
     tried = {task: of for task, of in tried.items() if task in (arguments.tasks or tried)}
-    with open_atomic(arguments.out / "tried.md") as file:
-        file.write(markdown(tried).encode())
+    write_text_atomic(arguments.out / "tried.md", markdown(tried))
     draw(tried, arguments.out / "tried.png")
 
 

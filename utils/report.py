@@ -25,7 +25,7 @@ from utils.report_rows import Row, read_csv, write_csv
 from utils.report_runs import collect, load_prediction, load_scores
 from utils.report_scores import Prediction, fit_temperature, scaled, score
 from utils.report_tables import Column, aggregates_csv, columns, latex, mark_significant, markdown, tables
-from utils.run import open_atomic
+from utils.run import write_text_atomic
 
 Files = Mapping[tuple[Any, ...], Path]
 
@@ -69,8 +69,7 @@ def report_rows(rows: Sequence[Row], out: Path, split: str) -> list[Path]:
         "report.csv": aggregates_csv(rows, split),
     }
     for name, text in texts.items():
-        with open_atomic(out / name) as file:
-            file.write(text.encode())
+        write_text_atomic(out / name, text)
     models = sorted({row.model for row in rows})
     panels = {
         f"{model}: {task}" if len(models) > 1 else task: column

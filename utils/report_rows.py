@@ -2,13 +2,12 @@
 
 import csv
 import dataclasses
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.run import open_atomic
+from utils.run import write_csv_atomic
 
 METRICS = ("acc", "nll", "ece", "brier")
 ZERO_SHOT = "zero_shot"
@@ -83,13 +82,7 @@ def own_predictions(rows: Sequence[Row]) -> list[Row]:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write results.csv; numbers in full, so that reading gives the same rows."""
-    text = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    with open_atomic(path) as file:
-        file.write(text.getvalue().encode())
+    write_csv_atomic(path, [field.name for field in dataclasses.fields(Row)], map(dataclasses.asdict, rows))
 
 
 def read_csv(path: str | Path) -> list[Row]:

@@ -1,7 +1,9 @@
 """The run folder: what a run writes (metrics.jsonl, JSON and npz files) and the log lines it prints."""
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import math
 import os
@@ -191,11 +193,24 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write plain data, tensors and numpy values as indented JSON; non-finite numbers become null."""
-    text = json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write text, whole or not at all."""
     with open_atomic(path) as file:
         file.write(text.encode())
+
+
+def write_csv_atomic(path: str | Path, names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table with a head of ``names``; a row without one of them has an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Write plain data, tensors and numpy values as indented JSON; non-finite numbers become null."""
+    write_text_atomic(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_npz_atomic(path: str | Path, **arrays: np.ndarray) -> None:

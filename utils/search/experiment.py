@@ -7,7 +7,7 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
-from utils.run import open_atomic
+from utils.run import write_text_atomic
 from utils.settings import compose, plain
 
 LEFT_OUT = ("paths", "resume", "overwrite")
@@ -48,8 +48,7 @@ def experiment_of(configs: Path, overrides: list[str]) -> dict[str, Any]:
 def write_experiment(path: Path, configs: Path, overrides: list[str], comment: str) -> Path:
     """Write the experiment file of these overrides, headed by ``comment``."""
     head = f"# @package _global_\n# {comment}\n# Copy it to configs/experiment, then: experiment={path.stem}\n"
-    with open_atomic(path) as file:
-        file.write((head + OmegaConf.to_yaml(OmegaConf.create(experiment_of(configs, overrides)))).encode())
+    write_text_atomic(path, head + OmegaConf.to_yaml(OmegaConf.create(experiment_of(configs, overrides))))
     return path
 
 

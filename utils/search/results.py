@@ -1,14 +1,12 @@
 """Tables of a search: front.csv and front.md, and the test values of points trained again."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.run import RELIABILITY_FILE, open_atomic, read_metrics
+from utils.run import RELIABILITY_FILE, read_metrics, write_csv_atomic, write_text_atomic
 from utils.search.selection import SIGNS, Point
 
 Tests = Mapping[int, Sequence[Mapping[str, float]]]
@@ -34,17 +32,11 @@ def write_front(folder: Path, front: Sequence[Point], selected: Mapping[str, Poi
     """Write front.csv (full precision) and front.md, in the order of falling validation ACC."""
     rows = [_row(p, selected, tests) for p in sorted(front, key=lambda p: (-p.metrics["acc"], p.number))]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(_short(row.get(name, "")) for name in names) + " |" for row in rows]
-    paths = []
-    for name, content in (("front.csv", text.getvalue()), ("front.md", "\n".join(lines) + "\n")):
-        with open_atomic(folder / name) as file:
-            file.write(content.encode())
-        paths.append(folder / name)
+    paths = [folder / "front.csv", folder / "front.md"]
+    write_csv_atomic(paths[0], names, rows)
+    write_text_atomic(paths[1], "\n".join(lines) + "\n")
     return paths
 
 
