@@ -71,14 +71,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def launch(application: Callable[[], None]) -> None:
-    """Start a Hydra application, with mistakes on the command line reported in one line too."""
+    """Start a Hydra application; mistakes on the command line, and errors of a sweep, end in one line too."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
         application()
-    except HydraException as error:
+    except USER_ERRORS as error:
         if DEBUG:
             raise
         sys.exit(one_line(error, CONFIGS))

@@ -230,9 +230,7 @@ class Comparison(NamedTuple):
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
             raise ValueError(f"unknown task {unknown[0]}; there are {', '.join((*GRIDS, *TASKS))}")
         check_common(self.common)
-        for task in self.begun():
-            for method in RATES:
-                self.settings(task, method)
+        self.write_lists(self.begun())  # refuses a folder of other settings before any run
         tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
         chains = [self.chain(task, method) for task in tasks for method in RATES]
         with processes(jobs) as pool:

@@ -1,6 +1,5 @@
 """``hydra/sweeper=comparison``: the sweep that ``experiment=benchmark_small`` is."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,8 @@ class ComparisonSweeper(Sweeper):
         self._folder = Path(config.hydra.sweep.dir)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the comparison; its own mistakes are reported in one line."""
+        """Run the comparison; see ``Comparison.run`` for the errors raised."""
         from benchmarks.comparison import Comparison  # every start of any program here looks at this file
 
         common = [argument for argument in arguments if not argument.startswith("experiment=")]
-        try:
-            Comparison(self._folder.resolve(), common).run(self.tasks, self.jobs, self.seconds)
-        except (ValueError, RuntimeError) as error:
-            sys.exit(f"error: {error}")
+        Comparison(self._folder.resolve(), common).run(self.tasks, self.jobs, self.seconds)

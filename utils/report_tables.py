@@ -88,7 +88,7 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
                 ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
                 p_values[paired_p(one, other, metric) if ahead else 1.0] = "paired"
             elif ZERO_SHOT in (winner, name):
-                base, trained = sorted((winner, name), key=lambda of: of != ZERO_SHOT)
+                trained, base = (winner, name) if name == ZERO_SHOT else (name, winner)
                 constant = values(column[base], metric)[0]
                 p_values[constant_p(values(column[trained], metric), constant)] = "one-sample"
             else:

@@ -149,16 +149,14 @@ class RandomAMethod(Method):
         sizes = [layer.noise_shape.numel() for layer in layers]
         first = next(layers[0].parameters())
         noise = torch.stack([draw_noise(sum(sizes), first.device, generator, first.dtype) for _ in range(n)])
+        before_forward = model.register_forward_pre_hook(partial(expect_rows, layers), with_kwargs=True)
         try:
             for layer, eps in zip(layers, noise.split(sizes, dim=1), strict=True):
                 where = next(layer.parameters())
                 layer.hold(eps.reshape(n, *layer.noise_shape).to(where), generator)
-            before_forward = model.register_forward_pre_hook(partial(expect_rows, layers), with_kwargs=True)
-            try:
-                yield LiveDraws(layers, in_objective=self.kl_lr is None)
-            finally:
-                before_forward.remove()
+            yield LiveDraws(layers, in_objective=self.kl_lr is None)
         finally:
+            before_forward.remove()
             for layer in layers:
                 layer.hold(None)
 
