@@ -151,7 +151,11 @@ def tables(rows: Sequence[Row], split: str) -> list[Table]:
         if missing:
             found[-1].caption += f" Not run: {'; '.join(missing)}."
         if of_model:
-            found.append(_summary(model, of_model, names, split))
+            found.append(_summary(f"{model}: summary on {split}", of_model, names))
+            trained = {task: _that_train(column) for task, column in of_model.items()}
+            fewer = [name for name in names if any(name in column for column in trained.values())]
+            if fewer and fewer != names:
+                found.append(_summary(f"{model}: summary on {split}, methods that train", trained, fewer))
             found += _scaled(model, of_model, names, split)
         if any(row.model == model and row.split.startswith("ood:") for row in rows):
             found.append(_shifted(rows, model))
@@ -215,7 +219,12 @@ def _mean_only(own: Column, means: Column, name: str) -> list[Row]:
     return [row for row in means.get(name, []) if all(row is not other for other in own.get(name, []))]
 
 
-def _summary(model: str, of_model: Mapping[str, Column], names: Sequence[str], split: str) -> Table:
+def _that_train(column: Column) -> Column:
+    """Without the base model and what is only fitted to a trained adapter: no step of training."""
+    return {name: rows for name, rows in column.items() if any(row.steps for row in rows)}
+
+
+def _summary(title: str, of_model: Mapping[str, Column], names: Sequence[str]) -> Table:
     head = ["method", "tasks", *(f"{m.upper()} best / within 1 se" for m in METRICS[:3])]
     head += ["NLL reduction against mle", "ECE reduction against mle"]
     cells = [[(text, False) for text in head]]
@@ -234,7 +243,7 @@ def _summary(model: str, of_model: Mapping[str, Column], names: Sequence[str], s
         "Number of tasks on which a method has the best mean / lies within one standard error of the best (that of the "
         "best method over its seeds; 0 for one seed). Reductions relative to mle, averaged over the tasks of both."
     )
-    return Table(f"{model}: summary on {split}", caption, cells)
+    return Table(title, caption, cells)
 
 
 def _scaled(model: str, of_model: Mapping[str, Column], names: Sequence[str], split: str) -> list[Table]:

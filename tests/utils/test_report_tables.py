@@ -202,3 +202,13 @@ def test_summary_counts_and_reductions():
     nll_cut, ece_cut = (1 - 0.5 / 1.05 + 1 - 1.09 / 1.05) / 2, 0.75 / 2
     assert found["sgp"][2] == "1 / 2"
     assert found["sgp"][4:] == [f"{100 * nll_cut:.1f} %", f"{100 * ece_cut:.1f} %"]
+
+
+def test_methods_that_train_have_a_summary_of_their_own():
+    rows = [make_row("mle", s, 1.0) for s in range(2)] + [make_row("sgp", s, 0.8) for s in range(2)]
+    assert sum("summary" in table.title for table in tables(rows, "test")) == 1
+    rows += [replace(make_row("temperature", s, 0.5), steps=0) for s in range(2)]
+    everyone, trained = (table for table in tables(rows, "test") if "summary" in table.title)
+    best_by_nll = [{row[0][0]: row[3][0] for row in table.cells[1:]} for table in (everyone, trained)]
+    assert best_by_nll[0] == {"mle": "0 / 0", "sgp": "0 / 0", "temperature": "1 / 1"}
+    assert best_by_nll[1] == {"mle": "0 / 0", "sgp": "1 / 1"}
