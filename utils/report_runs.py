@@ -14,13 +14,15 @@ from yaml import YAMLError
 from utils.report_rows import AUROCS, METRICS, Row
 from utils.report_scores import Prediction, running_log_probs
 from utils.run import METRICS_FILE, RELIABILITY_FILE, read_metrics
+from utils.settings import NOT_IN_TRAIN_FINGERPRINT
 
 VARIED = (
     *("method.factory", "peft", "opt", "train", "quantization", "dtype"),
     *("dset.scoring", "dset.validation_fraction", "eval.keep"),
 )
 """Groups and keys of the configuration whose differing keys make a variant."""
-NOT_VARIED = ("log_every", "checkpoint_every", "_target_", "init_seed", "graph_padding", "compile")
+NOT_VARIED = (*NOT_IN_TRAIN_FINGERPRINT, "_target_", "init_seed")
+"""Keys below them that change no result, or only with the seed or the method."""
 PATHS = ("init_adapter",)
 """Keys of which only whether they are set tells variants apart."""
 

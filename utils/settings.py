@@ -16,7 +16,7 @@ from utils.data.example import near_matches
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
 NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
-"""Keys that may change when a run is resumed."""
+"""Keys of ``train`` that change no result, so they may change when a run is resumed."""
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
     *("train.graph_padding", "train.log_every", "train.checkpoint_every"),
