@@ -7,7 +7,7 @@ For every task and every method that trains, each learning rate in ``RATES`` is 
 the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's own setting (``OWN``) at
 the best rates. The best ``FINALISTS`` are trained with the other ``TUNING_SEEDS`` too, since one seed cannot tell them
 apart, nor show which of them diverge now and then. Each is judged by the method's own prediction on validation data;
-test data is not read. Methods that have no search of their own (``AS_MLE``, ``POST_HOC``) have the setting of ``mle``,
+test data is not read. Methods that have no search of their own (``AS``, ``POST_HOC``) have the setting of another,
 from whose adapters the latter start. Two selections are made (``RULES``) by the mean over the seeds: the finalist with
 the lowest NLL, each method at its best; and that with the highest accuracy, as settings are chosen where nobody looks
 at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated on test. Finished runs are skipped, so the
@@ -93,9 +93,10 @@ RULES = {
     "acc": lambda found: (-found["acc"], found["nll"]),
 }
 """Selections among what was tried: what is minimised, on validation data."""
-AS_MLE = ("ensemble",)
-"""Methods trained with the setting chosen for ``mle``, whose members they are."""
-POST_HOC = ("temperature", "laplace", "laplace_last", "tfb")
+AS = {"mle": ("ensemble",)}
+"""By method the others that are trained with its setting: what they are made of."""
+POST_HOC = {"mle": ("temperature", "laplace", "laplace_last", "tfb"), "sgp": ("sgp_temperature",)}
+"""By method the others that start from its adapters and train no further."""
 POST_HOC_OWN = dict.fromkeys(
     ("laplace", "laplace_last"), ("eval.batch_size=16", "method.factory.precision_by=validation")
 )
@@ -151,14 +152,15 @@ class Comparison(NamedTuple):
         folder = self.final_folder(task, method, setting, seed)
         return Job(folder, self.overrides(task, method, seed, setting, tuned_as, more), True)
 
-    def jobs_after_mle(self, task: str, setting: Setting) -> list[Job]:
-        """Methods that have the setting of ``mle``; those of ``POST_HOC`` start from its adapters."""
+    def jobs_after(self, first: str, task: str, setting: Setting) -> list[Job]:
+        """Methods that have the setting of the method ``first``; those of ``POST_HOC`` start from its adapters."""
         jobs = []
-        for method, seed in itertools.product(POST_HOC, SEEDS):
-            adapter = self.final_folder(task, "mle", setting, seed) / "adapter"
+        for method, seed in itertools.product(POST_HOC.get(first, ()), SEEDS):
+            adapter = self.final_folder(task, first, setting, seed) / "adapter"
             start = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
-            jobs.append(self.final_job(task, method, setting, seed, "mle", (*start, *POST_HOC_OWN.get(method, ()))))
-        return [*jobs, *(self.final_job(task, m, setting, s, "mle") for m, s in itertools.product(AS_MLE, SEEDS))]
+            jobs.append(self.final_job(task, method, setting, seed, first, (*start, *POST_HOC_OWN.get(method, ()))))
+        alike = itertools.product(AS.get(first, ()), SEEDS)
+        return [*jobs, *(self.final_job(task, method, setting, seed, first) for method, seed in alike)]
 
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""
@@ -204,8 +206,8 @@ class Comparison(NamedTuple):
             yield 0, jobs
         for priority, setting in enumerate(chosen(self.found(task, method, tried, TUNING_SEEDS)).values()):
             yield priority, [self.final_job(task, method, setting, seed) for seed in SEEDS]
-            if method == "mle":
-                yield priority, [self.zero_shot_job(task), *self.jobs_after_mle(task, setting)]
+            base = [self.zero_shot_job(task)] if method == "mle" else []
+            yield priority, [*base, *self.jobs_after(method, task, setting)]
 
     def settings(self, task: str, method: str) -> list[Setting]:
         """What the search has come to so far."""
@@ -261,8 +263,7 @@ class Comparison(NamedTuple):
                     if setting is None:
                         continue
                     jobs += [self.final_job(task, method, setting, seed) for seed in SEEDS]
-                    if method == "mle":
-                        jobs += self.jobs_after_mle(task, setting)
+                    jobs += self.jobs_after(method, task, setting)
             (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
 
 

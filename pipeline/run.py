@@ -134,7 +134,7 @@ def plan(
     graphs = cfg.train.graph_padding is not None and world.device.type == "cuda"
     batch = encoder.collate(longest, multiple=cfg.train.graph_padding if graphs else 1)
     rows = -(-len(longest) // world.size) * cfg.train.n_mc
-    sizes = (cfg.inducing.inducing_rows, cfg.inducing.inducing_cols) if cfg.method.name == "sgp" else ()
+    sizes = (cfg.inducing.inducing_rows, cfg.inducing.inducing_cols) if "posterior" in cfg.method.factory else ()
     keys = inspect.signature(load_config).parameters
     return plan_memory(
         load_config(**{key: value for key, value in llm.items() if key in keys})[0],

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bnn.methods.base import FitData, Schedule, Score
+from bnn.methods.base import FitData, Method, Schedule, Score
 from bnn.methods.mle import MLE
 
 FILE = "temperature.json"
@@ -17,13 +17,16 @@ HALVINGS = 60
 """Of the interval of log T: to the precision of float64."""
 
 
-class Temperature(MLE):
-    """p(y | x) = softmax(scores / T), T > 0 minimising the NLL of the validation split (Guo et al., 2017, Eq. 9).
+class Scaled(Method):
+    """What divides the scores of the method it is mixed into: p(y | x) = 1/S sum_s softmax(scores_s / T).
 
-    Training is maximum likelihood's; T = 1 until ``fit`` has run. T changes no prediction's argmax.
+    T > 0 minimises the NLL of the validation split (Guo et al., 2017, Eq. 9, there for S = 1) and is 1 until ``fit``
+    has run. Training is the other method's.
 
     Args:
         maximum: T is sought in [1 / maximum, maximum]; greater than 1.
+        draws: S of the predictions that T is fitted to; None for one pass.
+        of: arguments of the other method.
 
     Raises:
         ValueError: for a maximum of 1 or less.
@@ -31,16 +34,19 @@ class Temperature(MLE):
 
     fits = True
 
-    def __init__(self, maximum: float) -> None:
+    def __init__(self, maximum: float, draws: int | None = None, **of: Any) -> None:
         if not maximum > 1:
             raise ValueError(
-                f"method=temperature needs maximum > 1, got {maximum}: T is sought in [1/maximum, maximum]"
+                f"method.factory.maximum={maximum} must be greater than 1: T is sought in [1/maximum, maximum]"
             )
+        super().__init__(**of)
         self.maximum = maximum
+        self.draws = draws
         self.T = 1.0
 
     def start(self, model: nn.Module, schedule: Schedule) -> None:
         """See ``Method.start``; a T that was loaded is forgotten where the adapter is about to change."""
+        super().start(model, schedule)
         if schedule.total_steps:
             self.T = 1.0
 
@@ -54,17 +60,21 @@ class Temperature(MLE):
             ValueError: without validation examples.
         """
         if not data.validation:
-            raise ValueError("method=temperature needs validation examples to fit T: the validation split is empty")
-        tokens = data.max_tokens_per_forward
-        (scores,) = super().predict(
-            model, score, data.validation, n=None, generator=None, max_tokens_per_forward=tokens
+            raise ValueError("a temperature is fitted to validation examples, and the validation split is empty")
+        scores = super().predict(
+            model,
+            score,
+            data.validation,
+            n=self.draws,
+            generator=generator,
+            max_tokens_per_forward=data.max_tokens_per_forward,
         )
         answer = torch.cat([batch.answer for batch in data.validation]).cpu()
         self.T = fit_temperature(scores, answer, self.maximum)
         return {"temperature": self.T}
 
     def predict(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Scores / T (1, N, C), whatever n. See ``Method.predict``."""
+        """Scores / T (S, N, C). See ``Method.predict``."""
         return super().predict(*args, **kwargs) / self.T
 
     def save(self, model: PeftModel, folder: str | Path) -> None:
@@ -73,31 +83,47 @@ class Temperature(MLE):
         (Path(folder) / FILE).write_text(json.dumps({"temperature": self.T}) + "\n")
 
     def load(self, model: nn.Module, folder: str | Path) -> PeftModel:
-        """See ``Method.load``; T = 1 for an adapter saved by ``method=mle``."""
+        """See ``Method.load``; T = 1 for an adapter saved by the method alone."""
         path = Path(folder) / FILE
         self.T = float(json.loads(path.read_text())["temperature"]) if path.exists() else 1.0
         return super().load(model, folder)
 
 
-def fit_temperature(scores: Tensor, answer: Tensor, maximum: float) -> float:
-    """The T in [1 / maximum, maximum] that minimises the mean of -log softmax(scores / T)[answer].
-
-    The NLL is convex in 1/T with derivative mean_n(E_softmax(scores_n / T)[scores_n] - scores_n[answer_n]), so the
-    sign of the derivative halves the interval of log T until nothing is left of it.
+class Temperature(Scaled, MLE):
+    """LoRA by maximum likelihood, its scores divided by T, which changes no prediction's argmax.
 
     Args:
-        scores: unnormalised log-scores (N, C); -inf for a choice that an example does not have.
+        maximum: see ``Scaled``.
+    """
+
+    def __init__(self, maximum: float) -> None:
+        super().__init__(maximum)
+
+
+def fit_temperature(scores: Tensor, answer: Tensor, maximum: float) -> float:
+    """The T in [1 / maximum, maximum] that minimises the mean of -log(1/S sum_s softmax(scores_s / T)[answer]).
+
+    Its derivative by 1/T is the mean over n of sum_s w_sn (E_softmax(scores_sn / T)[scores_sn] - scores_sn[answer_n]),
+    where w_sn is the share of draw s in the probability of the answer (differentiate the log of the sum). The sign of
+    the derivative halves the interval of log T until nothing is left of it. For S = 1 the NLL is convex in 1/T, so
+    this is its minimum; for more it is one of its minima.
+
+    Args:
+        scores: unnormalised log-scores (S, N, C); -inf for a choice that an example does not have.
         answer: indices of the right choices, (N,).
         maximum: bound on T and 1/T.
     """
     scores = scores.double()
     finite = scores.nan_to_num(neginf=0.0)  # an absent choice has probability 0, and 0 * -inf is no number
-    right = scores.gather(1, answer[:, None]).mean()
+    index = answer.expand(len(scores), -1)[..., None]
+    right = scores.gather(2, index)[..., 0]
     low, high = -math.log(maximum), math.log(maximum)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        expected = ((scores / math.exp(middle)).softmax(dim=1) * finite).sum(dim=1).mean()
-        if expected > right:  # the NLL falls with 1/T falling: T is too low
+        log_probs = (scores / math.exp(middle)).log_softmax(dim=2)
+        share = log_probs.gather(2, index)[..., 0].softmax(dim=0)
+        expected = (log_probs.exp() * finite).sum(dim=2)
+        if (share * (expected - right)).sum(dim=0).mean() > 0:  # the NLL falls with 1/T falling: T is too low
             low = middle
         else:
             high = middle

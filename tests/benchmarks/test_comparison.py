@@ -155,7 +155,7 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
 
 def test_what_the_user_says_comes_last(tmp_path):
     made = Comparison(tmp_path, ["method.factory.precision_by=evidence"])
-    jobs = [job for job in made.jobs_after_mle("sst2_100", Setting(1e-3)) if "method=laplace" in job.overrides]
+    jobs = [job for job in made.jobs_after("mle", "sst2_100", Setting(1e-3)) if "method=laplace" in job.overrides]
     assert len(jobs) == 3
     for job in jobs:
         assert job.overrides.index("method.factory.precision_by=validation") < len(job.overrides) - 1
@@ -182,7 +182,7 @@ def test_no_run_starts_after_the_time_is_up(tmp_path, made):
 def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "RATES", {"mle": (1e-3, 1e-2), "sgp": (1e-3, 1e-2), "map": (1e-3, 1e-2)})
     monkeypatch.setattr(comparison, "OWN", {m: {"dropout": ("peft.lora_dropout=0.1",)} for m in comparison.RATES})
-    monkeypatch.setattr(comparison, "POST_HOC", ("temperature",))
+    monkeypatch.setattr(comparison, "POST_HOC", {"mle": ("temperature",), "sgp": ("sgp_temperature",)})
     monkeypatch.setattr(comparison, "SEEDS", (0, 1))
     monkeypatch.setattr(comparison, "EXTENSIONS", 1)
     monkeypatch.setattr(comparison, "TUNING_SEEDS", (100, 101))
@@ -215,16 +215,18 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
             means = {s: {k: (a[k] + b[k]) / 2 for k in ("nll", "acc")} for s, (a, b) in full.items()}
             settings[m] = min(means, key=lambda s: best(means[s]))
         folders = (made.out / f"by_{rule}.txt").read_text().split()
-        assert len(folders) == 1 + 2 * 4
-        for method, setting in (("mle", "mle"), ("ensemble", "mle"), ("temperature", "mle"), ("sgp", "sgp")):
+        assert len(folders) == 1 + 2 * 5
+        others = (("ensemble", "mle"), ("temperature", "mle"), ("sgp_temperature", "sgp"))
+        for method, setting in (("mle", "mle"), ("sgp", "sgp"), *others):
             for seed in (0, 1):
                 assert str(made.out / "final" / "tiny" / method / settings[setting] / f"seed{seed}") in folders
         for folder in folders:
             assert '"split": "test"' in (comparison.Path(folder) / "metrics.jsonl").read_text()
     assert any("_dropout" in setting for setting in tuning["sgp"])
     assert not any('"split": "test"' in p.read_text() for p in made.out.glob("tune/**/metrics.jsonl"))
-    temperature = next(p for p in (made.out / "final" / "tiny" / "temperature").rglob("config.yaml"))
-    assert "/final/tiny/mle/" in temperature.read_text()
+    for method, first in (("temperature", "mle"), ("sgp_temperature", "sgp")):
+        config = next(p for p in (made.out / "final" / "tiny" / method).rglob("config.yaml"))
+        assert f"/final/tiny/{first}/" in config.read_text()
     environments = [p.stat().st_mtime_ns for p in sorted(made.out.rglob("metrics.jsonl"))]
 
     assert "done" not in compare()

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from bnn.methods.base import FitData, Schedule, trainable
 from bnn.methods.mle import MLE
+from bnn.methods.sgp import SGP
+from bnn.methods.sgp_temperature import SGPTemperature
 from bnn.methods.temperature import Temperature, fit_temperature
 from bnn.metrics import nll
 
@@ -22,6 +24,9 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_t
 class Rows:
     input_ids: Tensor
     answer: Tensor
+
+    def tile(self, n: int) -> "Rows":
+        return Rows(self.input_ids.repeat(n, 1), self.answer.repeat(n))
 
 
 def score(model, batch):
@@ -60,12 +65,28 @@ def test_the_minimiser_agrees_with_scipy(scale):
         options={"xatol": 1e-9},
     )
     # a minimum found by its value is known to sqrt(eps) only
+    assert math.log(fit_temperature(scores[None], answer, 100.0)) == pytest.approx(oracle.x, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])
+def test_the_minimiser_of_averaged_probabilities_agrees_with_scipy(scale):
+    noise = torch.Generator().manual_seed(1)
+    common = torch.randn(200, 5, generator=noise, dtype=torch.float64)
+    answer = torch.multinomial(common.softmax(dim=1), 1, generator=noise)[:, 0]
+    scores = scale * (common + torch.randn(6, 200, 5, generator=noise, dtype=torch.float64))
+    scores[:, :100, 4] = torch.where(answer[:100] == 4, scores[:, :100, 4], -torch.inf)
+    oracle = minimize_scalar(
+        lambda log_T: nll(scores / math.exp(log_T), answer),
+        bounds=(math.log(0.01), math.log(100)),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
     assert math.log(fit_temperature(scores, answer, 100.0)) == pytest.approx(oracle.x, abs=1e-6)
 
 
 @pytest.mark.parametrize(("answer", "bound"), [([0, 1], 1 / 7), ([1, 0], 7.0)])
 def test_separable_data_end_at_a_bound(answer, bound):
-    assert fit_temperature(torch.eye(2), torch.tensor(answer), 7.0) == pytest.approx(bound)
+    assert fit_temperature(torch.eye(2)[None], torch.tensor(answer), 7.0) == pytest.approx(bound)
 
 
 def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
@@ -127,7 +148,33 @@ def test_it_trains_as_maximum_likelihood(model, ids):
 
 
 def test_refusals(model):
-    with pytest.raises(ValueError, match="maximum > 1, got 1"):
+    with pytest.raises(ValueError, match=r"maximum=1.0 must be greater than 1"):
         Temperature(1.0)
     with pytest.raises(ValueError, match="validation split is empty"):
         Temperature(2.0).fit(model, score, FitData([], [], 0, 1), torch.Generator())
+
+
+def test_sgp_scaled_is_fitted_to_its_averaged_predictions(make_llama, tmp_path):
+    own = {"scale_lr_factor": 5.0, "flow_lr_factor": 0.02, "antithetic": True, "cuda_graph": False}
+    posterior = {"inducing_rows": 4, "inducing_cols": 4}
+    plain, method = SGP(**own, posterior=posterior), SGPTemperature(100.0, 8, **own, posterior=posterior)
+    torch.manual_seed(0)
+    model = method.adapt(make_llama(), LORA).eval()
+    data = data_of(model)
+    answer = torch.cat([batch.answer for batch in data.validation])
+
+    def scores_of(how, seed, adapted=model):
+        generator = torch.Generator().manual_seed(seed)
+        return how.predict(adapted, score, data.validation, n=8, generator=generator, max_tokens_per_forward=1000)
+
+    before = scores_of(plain, 3)
+    assert torch.equal(scores_of(method, 3), before)  # T = 1
+    assert method.fit(model, score, data, torch.Generator().manual_seed(3)) == {"temperature": method.T}
+    assert abs(math.log(method.T)) > 0.1
+    torch.testing.assert_close(scores_of(method, 3), before / method.T)
+    for factor in (0.99, 1.01):
+        assert nll(before / (method.T * factor), answer) > nll(before / method.T, answer)
+    assert method.modes(8) == plain.modes(8)
+    method.save(model, tmp_path / "own")
+    other = SGPTemperature(100.0, 8, **own, posterior=posterior)
+    assert torch.equal(scores_of(other, 4, other.load(make_llama(), tmp_path / "own").eval()), scores_of(method, 4))
