@@ -154,7 +154,7 @@ def tables(rows: Sequence[Row], split: str) -> list[Table]:
             found.append(_summary(f"{model}: summary on {split}", of_model, names))
             trained = {task: _that_train(column) for task, column in of_model.items()}
             fewer = [name for name in names if any(name in column for column in trained.values())]
-            if fewer and fewer != names:
+            if 1 < len(fewer) < len(names):
                 found.append(_summary(f"{model}: summary on {split}, methods that train", trained, fewer))
             found += _scaled(model, of_model, names, split)
         if any(row.model == model and row.split.startswith("ood:") for row in rows):
