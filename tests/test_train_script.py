@@ -541,6 +541,7 @@ def assert_one_line(message: str) -> None:
         ("eval.figures=nope", "eval.figures=nope: expected true or false"),
         ("inducing.prior_sd_b=0", "prior_sd_b=0: expected a number above 0"),
         ("inducing.mean_gain=-1", "mean_gain=-1: expected a number above 0"),
+        ("method=temperature method.factory.maximum=1", "^error: method.factory.maximum=1 must be greater than 1"),
         ("eval.n_mc=0", "eval.n_mc=0: expected"),
         ("eval.every_n_mc=0", "eval.every_n_mc=0: expected"),
         ("eval.batch_size=0", "eval.batch_size=0: expected"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from utils.data.example import near_matches
@@ -121,6 +121,8 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
 
 def one_line(error: Exception, configs: Path) -> str:
     """An error in one line; for an unknown name on the command line with its near matches in the folder ``configs``."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+        error = error.__cause__  # what the class said of its arguments
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
