@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, tuned
 from pipeline.processes import processes
-from utils.run import write_json_atomic
+from utils.run import write_json_atomic, write_text_atomic
 
 TUNING_SEEDS = (100, 101, 102)
 """The first screens all settings, the others only finalists."""
@@ -264,7 +264,8 @@ class Comparison(NamedTuple):
                         continue
                     jobs += [self.final_job(task, method, setting, seed) for seed in SEEDS]
                     jobs += self.jobs_after(method, task, setting)
-            (self.out / f"by_{rule}.txt").write_text("".join(f"{job.folder}\n" for job in jobs if is_finished(job)))
+            finished = "".join(f"{job.folder}\n" for job in jobs if is_finished(job))
+            write_text_atomic(self.out / f"by_{rule}.txt", finished)
 
 
 def check_common(overrides: Sequence[str]) -> None:
