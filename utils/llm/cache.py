@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
 
+from utils.llm.conversion import convert_gguf
 from utils.llm.errors import LLMLoadError
 from utils.llm.pypi import PyPIWeights
 
@@ -36,7 +36,7 @@ def is_whole(folder: Path, sha256: str) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if manifest.get("sha256") != sha256:
+    if manifest.get("sha256") != sha256 or "transformers" not in manifest:
         return False
     paths = {folder / name: size for name, size in manifest["bytes"].items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
@@ -51,7 +51,8 @@ def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Pa
         get_gguf: Gives the path of the GGUF file; may use the scratch folder it is given.
 
     Raises:
-        LLMLoadError: Too little free disk space (nothing is started then), or what `get_gguf` raises.
+        LLMLoadError: Too little free disk space (nothing is started then), or what `get_gguf` or the
+            conversion raises.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(target.parent, weights.disk_gb)
@@ -64,23 +65,12 @@ def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Pa
         with quiet:  # transformers draws a progress bar there, terminal or not
             convert_gguf(gguf, whole)
         sizes = {path.name: path.stat().st_size for path in sorted(whole.iterdir())}
-        manifest = {"sha256": weights.sha256, "packages": list(weights.packages), "bytes": sizes}
+        made_by = {"packages": list(weights.packages), "transformers": transformers.__version__}
+        manifest = {"sha256": weights.sha256, **made_by, "bytes": sizes}
         (whole / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         _put_in_place(whole, target, weights.sha256)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to float32 and save model and tokenizer into `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain float32 now: without these traces of GGUF, transformers agrees to save them.
-    for trace in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(trace, None)
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _put_in_place(whole: Path, target: Path, sha256: str) -> None:

@@ -68,6 +68,15 @@ def test_damage_is_seen(target, weights, monkeypatch, damage):
     assert not cache.is_whole(target, weights.sha256)
 
 
+def test_a_conversion_whose_tokenizer_was_never_checked_is_not_taken(target, weights, monkeypatch):
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    cache.fill_cache(target, weights, write_gguf)
+    manifest = json.loads((target / cache.MANIFEST).read_text())
+    del manifest["transformers"]
+    (target / cache.MANIFEST).write_text(json.dumps(manifest))
+    assert not cache.is_whole(target, weights.sha256)
+
+
 def test_other_weights_are_not_taken_for_these(target, weights, monkeypatch):
     monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
     cache.fill_cache(target, weights, write_gguf)
@@ -79,7 +88,8 @@ def test_a_faster_process_wins(target, weights, monkeypatch):
         pretended_conversion(gguf, folder)
         pretended_conversion(gguf, target)
         sizes = {path.name: path.stat().st_size for path in target.iterdir()}
-        manifest = {"sha256": weights.sha256, "bytes": sizes, "packages": ["the other process"]}
+        by = {"packages": ["the other process"], "transformers": "5.24.0"}
+        manifest = {"sha256": weights.sha256, "bytes": sizes, **by}
         (target / cache.MANIFEST).write_text(json.dumps(manifest))
 
     monkeypatch.setattr(cache, "convert_gguf", convert_while_another_finishes)
