@@ -17,7 +17,7 @@ from bnn.metrics import evaluate_predictions
 from pipeline.evaluation import fit, keep_best, logits_of
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
-from utils.llm.errors import TooLittleMemoryError
+from utils.llm.errors import TooLittleMemoryError, lacks_memory
 from utils.run import RELIABILITY_FILE, write_json_atomic
 from utils.settings import compose, one_line
 
@@ -93,12 +93,11 @@ def work(job: Job) -> str | None:
     for pause in (*PAUSES, None):
         try:
             execute(job)
-        except (torch.OutOfMemoryError, TooLittleMemoryError) as error:
-            failure = one_line(error, CONFIGS)
-        except train_script.USER_ERRORS as error:
-            return one_line(error, CONFIGS)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            is_known = lacks_memory(error) or isinstance(error, train_script.USER_ERRORS)
+            failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
+            if not lacks_memory(error):
+                return failure
         else:
             return None
         finally:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bnn.objective import Loss
 from utils.data.batch import Batch
+from utils.llm.errors import lacks_memory
 
 Body = Callable[[Batch, Any, Any], Loss]
 """(batch, weight, beta) -> the weighted loss and its parts; adds gradients to the parameters."""
@@ -67,8 +68,8 @@ class StepGraphs:
         """``body(batch, weight, beta)`` by the graph for this shape, variant, and set of parameters with a gradient.
 
         Raises:
-            RuntimeError: if a step cannot be recorded: the model waits for the device (a mixture of experts does), or
-                there is too little memory.
+            RuntimeError: if a step cannot be recorded: the model waits for the device (a mixture of experts does).
+            torch.OutOfMemoryError: if there is too little memory.
         """
         fresh = tuple(p.grad is None for p in self._parameters)
         key = (variant, fresh, batch.keep, *(t.shape for t in _tensors(batch)))
@@ -92,6 +93,8 @@ class StepGraphs:
             with torch.cuda.graph(graph, pool=self._pool):
                 loss = body(batch, *self._scalars)
         except RuntimeError as error:
+            if lacks_memory(error):
+                raise
             reason = str(error).splitlines()[0]
             raise RuntimeError(
                 f"a training step cannot be recorded as a CUDA graph ({reason}): set train.graph_padding=null; a run "

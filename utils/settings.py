@@ -13,6 +13,7 @@ from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from utils.data.example import near_matches
+from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, lacks_memory
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
 NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
@@ -124,6 +125,9 @@ def one_line(error: Exception, configs: Path) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         error = error.__cause__  # what the class said of its arguments
     text = " ".join(str(error).split())
+    if lacks_memory(error) and not isinstance(error, TooLittleMemoryError):  # which has a remedy of its own
+        said = text.split(" GPU ")[0].split(" Search for ")[0].rstrip(".")  # torch goes on about processes and links
+        return f"error: {said}: {LESS_MEMORY}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         text, known = f"{group}={name}: no such file in configs/{group}", list(error.options)

@@ -103,7 +103,11 @@ def test_a_run_that_found_too_little_memory_is_tried_again(tmp_path, monkeypatch
     def execute(job: Job) -> None:
         tries.append(job)
         if len(tries) <= failures:
-            raise (torch.OutOfMemoryError if len(tries) % 2 else TooLittleMemoryError)("too little")
+            if len(tries) == 1:
+                raise torch.OutOfMemoryError("too little")
+            if len(tries) == 2:
+                raise torch.AcceleratorError("CUDA error: out of memory")
+            raise TooLittleMemoryError("too little")
 
     monkeypatch.setattr(workers, "execute", execute)
     monkeypatch.setattr(workers, "PAUSES", (0.0, 0.0))

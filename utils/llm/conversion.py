@@ -70,4 +70,4 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, begins: bool) -> None:
 
 def _is_word(token: str | None) -> bool:
     """Whether a token is a space, as byte-level or sentencepiece vocabularies write it, and ASCII letters."""
-    return bool(token) and token[0] in "\u0120\u2581" and token[1:].isascii() and token[1:].isalpha()
+    return token is not None and token.startswith(("\u0120", "\u2581")) and token[1:].isascii() and token[1:].isalpha()

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from utils.llm.errors import TooLittleMemoryError
+from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError
 
 BITS = {"load_in_4bit": 4.5, "load_in_8bit": 8.0}
 """Bits per quantised weight; 4-bit blocks of 64 share a 32-bit scale (QLoRA, Dettmers et al., 2023, section 3)."""
@@ -60,8 +60,7 @@ class MemoryPlan:
             TooLittleMemoryError: with the estimate and the remedies.
         """
         if self.total - UNCERTAIN * self.activations > self.available:
-            remedies = "quantization=nf4, llm.gradient_checkpointing=true, or a smaller train.batch_size (with train."
-            raise TooLittleMemoryError(f"{self}: that cannot fit; set {remedies}grad_accum), or choose a smaller model")
+            raise TooLittleMemoryError(f"{self}: that cannot fit; {LESS_MEMORY}")
 
 
 def plan_memory(

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.llm.errors import TooLittleMemoryError, lacks_memory
+from utils.settings import one_line
+
+ALLOCATOR = "CUDA out of memory. Tried to allocate 1.02 GiB. GPU 1 has a total capacity of 79.18 GiB. Process 1 has"
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = RuntimeError("a step failed")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(ALLOCATOR),
+        RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs"),
+        TooLittleMemoryError("memory: 3 GB of 2 GB"),
+        MemoryError(),
+        wrapped(torch.OutOfMemoryError(ALLOCATOR)),
+    ],
+)
+def test_a_want_of_memory_is_known(error):
+    assert lacks_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("out of memory"), wrapped(ValueError("no"))])
+def test_other_errors_are_no_want_of_memory(error):
+    assert not lacks_memory(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (ALLOCATOR, "CUDA out of memory. Tried to allocate 1.02 GiB"),
+        (
+            "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs",
+            "CUDA error: out of memory",
+        ),
+    ],
+)
+def test_a_want_of_memory_is_one_line_with_the_remedies(text, said):
+    expected = f"error: {said}: set quantization=nf4, llm.gradient_checkpointing=true, a smaller train.batch_size"
+    assert one_line(RuntimeError(text), Path()).startswith(expected)
+
+
+def test_the_plan_of_memory_says_its_own_remedies_once():
+    assert one_line(TooLittleMemoryError("memory: 3 GB of 2 GB: set x"), Path()) == "error: memory: 3 GB of 2 GB: set x"
