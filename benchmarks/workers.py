@@ -24,8 +24,6 @@ from utils.settings import compose, one_line
 TUNED = "tuned.json"
 SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
-PAUSES = (5.0, 15.0, 45.0)
-"""Seconds before a run that found too little memory is tried again."""
 
 
 class Job(NamedTuple):
@@ -85,34 +83,30 @@ def execute(job: Job) -> None:
 def work(job: Job) -> str | None:
     """``execute``; returns what went wrong, if anything: one failing run must not end the others.
 
-    A run for which other processes left too little memory is tried again after each of ``PAUSES``.
-
     Raises:
-        TooLittleMemoryError: if there was too little every time, which says nothing about the run's settings.
+        TooLittleMemoryError: if there was too little memory, which says nothing about the run's settings.
     """
-    for pause in (*PAUSES, None):
-        try:
-            execute(job)
-        except Exception as error:
-            is_known = lacks_memory(error) or isinstance(error, train_script.USER_ERRORS)
-            failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
-            if not lacks_memory(error):
-                return failure
-        else:
-            return None
-        finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if pause is not None:
-            time.sleep(pause)
+    try:
+        execute(job)
+    except Exception as error:
+        is_known = lacks_memory(error) or isinstance(error, train_script.USER_ERRORS)
+        failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
+        if not lacks_memory(error):
+            return failure
+    else:
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     raise TooLittleMemoryError(failure)
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
     """Go through all chains, ``slots`` runs at a time; finished runs are skipped, failures reported and left out.
 
-    A chain with a run that found too little memory stops there: what follows must not hang on who shared the GPU.
+    A run that found too little memory beside others is made again later, and from then on one run fewer goes at a time
+    than went then. If it was alone, its chain stops there: what follows must not hang on a choice without it.
 
     Args:
         pool: where runs are made.
@@ -130,7 +124,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     waiting: list[tuple[int, int, int, Job]] = []
     left = [0] * len(chains)
     complete = True
-    running: dict[Future[str | None], tuple[int, Job]] = {}
+    running: dict[Future[str | None], tuple[int, int, int, Job]] = {}
 
     def advance(index: int) -> None:
         while not left[index]:
@@ -146,15 +140,22 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
         advance(index)
     while running or (waiting and time.monotonic() < end):
         while waiting and len(running) < slots and time.monotonic() < end:
-            _, index, _, job = heapq.heappop(waiting)
-            running[pool.submit(work, job)] = (index, job)
+            turn = heapq.heappop(waiting)
+            running[pool.submit(work, turn[-1])] = turn
+        among = len(running)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            index, job = running.pop(future)
+            turn = running.pop(future)
+            _, index, _, job = turn
             error = future.exception()
             if isinstance(error, BrokenExecutor):
                 print(f"{job.folder}: a worker process died, perhaps for want of memory: use fewer jobs", flush=True)
                 return False
-            result = f"{error}: use fewer jobs" if error else future.result() or "done"
+            if error and among > 1:
+                slots = min(slots, among - 1)
+                heapq.heappush(waiting, turn)
+                print(f"{job.folder} {error}; again later, {slots} runs at a time from now on", flush=True)
+                continue
+            result = error or future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)
             if error:
                 complete = False

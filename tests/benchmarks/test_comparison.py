@@ -96,50 +96,85 @@ def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_pa
     assert "it fails" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("failures", [2, 9])
-def test_a_run_that_found_too_little_memory_is_tried_again(tmp_path, monkeypatch, failures):
-    tries: list[Job] = []
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("too little"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        TooLittleMemoryError("too little"),
+    ],
+)
+def test_too_little_memory_is_not_taken_for_a_failure_of_the_run(tmp_path, monkeypatch, error):
     def execute(job: Job) -> None:
-        tries.append(job)
-        if len(tries) <= failures:
-            if len(tries) == 1:
-                raise torch.OutOfMemoryError("too little")
-            if len(tries) == 2:
-                raise torch.AcceleratorError("CUDA error: out of memory")
-            raise TooLittleMemoryError("too little")
+        raise error
 
     monkeypatch.setattr(workers, "execute", execute)
-    monkeypatch.setattr(workers, "PAUSES", (0.0, 0.0))
-    if failures < 3:
-        assert workers.work(Job(tmp_path, (), True)) is None
-    else:
-        with pytest.raises(TooLittleMemoryError, match="too little"):
-            workers.work(Job(tmp_path, (), True))
-    assert len(tries) == 3
+    with pytest.raises(TooLittleMemoryError, match=r"too little|out of memory"):
+        workers.work(Job(tmp_path, (), True))
 
 
-def test_a_chain_waits_for_a_run_that_found_too_little_memory(tmp_path, monkeypatch, capsys):
-    """What it chooses next must not depend on who shared the GPU; the other chains go on."""
+class Together(Executor):
+    """Ends all that was submitted at once: the first ``most`` runs well, the others for want of memory."""
 
-    def work(job: Job) -> None:
-        if job.folder.name == "a1":
-            raise TooLittleMemoryError("too little")
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.sizes: list[int] = []
+        self.open: list[tuple[Future, Job]] = []
 
-    class Own(Serial):
-        def submit(self, function, /, *arguments, **keywords):
-            try:
-                return super().submit(function, *arguments, **keywords)
-            except TooLittleMemoryError as error:
-                failed: Future = Future()
-                failed.set_exception(error)
-                return failed
+    def submit(self, function, /, *arguments, **keywords):
+        future: Future = Future()
+        self.open.append((future, arguments[0]))
+        return future
 
-    monkeypatch.setattr(workers, "work", work)
-    chains = [iter([(0, [Job(tmp_path / f"{name}{i}", (), True)]) for i in (1, 2)]) for name in "ab"]
-    assert not run_chains(Own(), chains, slots=1)
+    def end(self) -> None:
+        self.sizes.append(len(self.open))
+        for i, (future, job) in enumerate(self.open):
+            if i >= self.most:
+                future.set_exception(TooLittleMemoryError("too little"))
+            else:
+                job.folder.mkdir()
+                (job.folder / "reliability.json").touch()
+                future.set_result(None)
+        self.open = []
+
+
+def run_together(pool: Together, monkeypatch, chains: list, slots: int) -> bool:
+    """``run_chains`` in a pool whose runs end together, whenever they are waited for."""
+    wait = workers.wait
+
+    def ended(futures, **keywords):
+        pool.end()
+        return wait(futures, **keywords)
+
+    monkeypatch.setattr(workers, "wait", ended)
+    return run_chains(pool, chains, slots)
+
+
+def jobs(folder, *names: str) -> list[Job]:
+    return [Job(folder / name, (), True) for name in names]
+
+
+def test_fewer_runs_go_at_a_time_once_memory_was_too_little(tmp_path, monkeypatch, capsys):
+    pool = Together(most=2)
+    chains = [iter([(0, jobs(tmp_path, "a1", "a2", "a3", "a4", "a5")), (1, jobs(tmp_path, "a6"))])]
+    assert run_together(pool, monkeypatch, chains, slots=4)
+    assert len(list(tmp_path.iterdir())) == 6, "every run was made in the end, the second stage after the first"
+    assert pool.sizes == [4, 3, 1, 1]
+    assert "a3 too little; again later, 3 runs at a time from now on" in capsys.readouterr().out
+
+
+def test_a_chain_stops_at_a_run_that_found_too_little_memory_alone(tmp_path, monkeypatch, capsys):
+    """What it chooses next must not be chosen without that run; the other chains go on."""
+
+    class Small(Together):
+        def end(self) -> None:
+            self.most = 0 if self.open[0][1].folder.name == "a1" else 1
+            super().end()
+
+    chains = [iter([(0, jobs(tmp_path, f"{name}1")), (0, jobs(tmp_path, f"{name}2"))]) for name in "ab"]
+    assert not run_together(Small(1), monkeypatch, chains, slots=1)
     out = capsys.readouterr().out
-    assert "a1 too little: use fewer jobs" in out
+    assert "a1 too little" in out
     assert "a2" not in out
     assert "b2 done" in out
 
