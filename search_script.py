@@ -66,7 +66,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     settings_of(base, first_values(space))  # unknown keys are found before anything is written
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
     judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc")}
-    begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged})
+    begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged | {"final_n_mc": cfg.eval.n_mc}})
     worker = Worker(folder / "workers")
     try:
         sampler = NumberedSampler(settings.sampler, settings.seed, settings.startup_trials, worker.name)

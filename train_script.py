@@ -28,7 +28,10 @@ from utils.run import environment_record, write_json_atomic
 from utils.settings import one_line
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
-USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException, HydraException)
+USER_ERRORS = (
+    *(ValueError, OSError, RuntimeError, MemoryError, FloatingPointError),
+    *(OmegaConfBaseException, HydraException),
+)
 
 
 def execute(cfg: DictConfig) -> Run:
@@ -38,8 +41,10 @@ def execute(cfg: DictConfig) -> Run:
     if run.world.main:
         OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
         write_json_atomic(run.folder / "environment.json", environment_record())
-    step = train(run)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        step = train(run)
+    finally:  # the handler holds the run: a process that goes on after an error would keep it in memory
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     finish(run, step)
     run.world.close()
     return run

@@ -19,6 +19,7 @@ Many runs share one GPU: they are bound by launches, not by arithmetic (start NV
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -194,7 +195,7 @@ class Comparison(NamedTuple):
 
         yield screen([Setting(rate) for rate in RATES[method]])
         for _ in range(EXTENSIONS):
-            yield screen([s for s in beyond(screened()) if s not in tried])
+            yield screen(untried(beyond(screened()), tried))
         best = {setting.rate for setting in chosen(screened()).values()}
         yield screen([Setting(rate, own) for rate in sorted(best) for own in OWN[method]])
         yield [self.tuning_job(task, method, setting, seed) for setting in finalists(screened()) for seed in others]
@@ -296,6 +297,11 @@ def beyond(found: dict[Setting, Metrics]) -> list[Setting]:
     further = {rate / FACTOR for rate in best if rate == min(rates)}
     further |= {rate * FACTOR for rate in best if rate == max(rates)}
     return [Setting(float(f"{rate:.3g}")) for rate in sorted(further)]
+
+
+def untried(settings: Sequence[Setting], tried: Sequence[Setting]) -> list[Setting]:
+    """Without those whose rate, but for rounding, is one of those tried."""
+    return [s for s in settings if not any(math.isclose(s.rate, other.rate, rel_tol=0.01) for other in tried)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

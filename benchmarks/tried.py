@@ -3,8 +3,8 @@
     python -m benchmarks.tried outputs/comparison/tuning.json --out benchmarks/results/comparison
 
 Writes tried.md (per task and method the median over the settings, and the worst, of NLL and ECE; and the setting of
-highest accuracy) and tried.png (ACC against ECE, a point per setting). A setting counts once, with the mean over the
-seeds it was trained with.
+highest accuracy; how many diverged, which the others leave out) and tried.png (ACC against ECE, a point per setting). A
+setting counts once, with the mean over the seeds it was trained with.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from utils.report_figures import panel_grid
 from utils.run import write_text_atomic
 
 Tried = dict[str, dict[str, list[dict[str, float]]]]
-"""Mean metrics of the settings tried, by task and method."""
+"""Mean metrics of the settings tried, by task and method; nothing of a setting without a result: it diverged."""
 FOREMOST = "sgp"
 """The method drawn above the others."""
 LOOK = {"marker": "s", "color": "#F0E442", "markersize": 9, "markeredgecolor": "black"}
@@ -35,31 +35,32 @@ def read(path: Path) -> Tried:
     table = {
         task: {
             method: [
-                {name: statistics.mean(run[name] for run in runs.values()) for name in names}
+                {name: statistics.mean(run[name] for run in runs.values()) for name in names if runs}
                 for runs in settings.values()
-                if runs
             ]
             for method, settings in of.items()
         }
         for task, of in json.loads(path.read_text()).items()
     }
-    filled = {task: {method: found for method, found in of.items() if found} for task, of in table.items()}
+    filled = {task: {method: found for method, found in of.items() if any(found)} for task, of in table.items()}
     return {task: of for task, of in filled.items() if of}
 
 
 def markdown(tried: Tried) -> str:
     """NLL in nats; ACC and ECE in per cent."""
-    head = ["task", "method", "settings", "NLL, median", "NLL, worst", "ECE %, median", "ECE %, worst"]
+    head = ["task", "method", "settings", "diverged", "NLL, median", "NLL, worst", "ECE %, median", "ECE %, worst"]
     head.append("most accurate: ACC % / NLL / ECE %")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task, of in tried.items():
-        for method, found in of.items():
+        for method, all_of_it in of.items():
+            found = [m for m in all_of_it if m]
             nll, ece = [m["nll"] for m in found], [100 * m["ece"] for m in found]
             best = min(found, key=lambda m: (-m["acc"], m["nll"]))
             cells = [f"{statistics.median(nll):.3f}", f"{max(nll):.3f}"]
             cells += [f"{statistics.median(ece):.1f}", f"{max(ece):.1f}"]
             most = f"{100 * best['acc']:.1f} / {best['nll']:.3f} / {100 * best['ece']:.1f}"
-            lines.append("| " + " | ".join([task, method, str(len(found)), *cells, most]) + " |")
+            counts = [str(len(found)), str(len(all_of_it) - len(found))]
+            lines.append("| " + " | ".join([task, method, *counts, *cells, most]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,9 +70,9 @@ def draw(tried: Tried, path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure, panels = panel_grid(len(tried), 3.6, 3.3)
         for ax, (task, of) in zip(panels, tried.items(), strict=True):
-            best = max(m["acc"] for found in of.values() for m in found)
+            best = max(m["acc"] for found in of.values() for m in found if m)
             for index, name in enumerate(names):
-                points = [m for m in of.get(name, []) if m["acc"] >= best - LOWEST]
+                points = [m for m in of.get(name, []) if m and m["acc"] >= best - LOWEST]
                 look = LOOK if name == FOREMOST else line_look(index)
                 x, y = [m["ece"] for m in points], [m["acc"] for m in points]
                 ax.plot(x, y, linestyle="", alpha=0.8, label=name, zorder=3 + index, **look)

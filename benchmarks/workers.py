@@ -22,6 +22,7 @@ from utils.run import RELIABILITY_FILE, write_json_atomic
 from utils.settings import compose, one_line
 
 TUNED = "tuned.json"
+DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)
 SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
 
@@ -45,18 +46,21 @@ def is_finished(job: Job) -> bool:
     Raises:
         ValueError: if the folder's run was made with other settings.
     """
-    made = job.folder / SETTINGS
+    made, moved = job.folder / SETTINGS, ("paths.", "train.init_adapter")  # a folder may be moved, and its data
     if not (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists():
         return False
     if made.exists() and (before := by_key(json.loads(made.read_text()))) != (now := by_key(job.overrides)):
-        other = " ".join(f"{key}={value}" for key, value in sorted(before.items() ^ now.items()))
-        raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another folder")
+        differing = sorted(item for item in before.items() ^ now.items() if not item[0].startswith(moved))
+        if differing:
+            other = " ".join(f"{key}={value}" for key, value in differing)
+            raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another folder")
     return True
 
 
 def by_key(overrides: Sequence[str]) -> dict[str, str]:
-    """The last value of every key."""
-    return dict(override.partition("=")[::2] for override in overrides)
+    """The last value of every key, whatever Hydra's prefix or package."""
+    pairs = (override.partition("=")[::2] for override in overrides)
+    return {key.lstrip("+~").partition("@")[0]: value for key, value in pairs}
 
 
 def tuned(job: Job) -> dict[str, float]:
@@ -81,32 +85,35 @@ def execute(job: Job) -> None:
 
 
 def work(job: Job) -> str | None:
-    """``execute``; returns what went wrong, if anything: one failing run must not end the others.
+    """``execute``; returns how the run diverged, if it did: that is what its settings lead to.
 
     Raises:
-        TooLittleMemoryError: if there was too little memory, which says nothing about the run's settings.
+        TooLittleMemoryError: if there was too little memory, which says nothing about the settings.
+        RuntimeError: for what else went wrong, which says as little.
     """
     try:
         execute(job)
+    except DIVERGED as error:
+        return one_line(error, CONFIGS)
     except Exception as error:
         is_known = lacks_memory(error) or isinstance(error, train_script.USER_ERRORS)
         failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
-        if not lacks_memory(error):
-            return failure
+        kind = TooLittleMemoryError if lacks_memory(error) else RuntimeError
     else:
         return None
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    raise TooLittleMemoryError(failure)
+    raise kind(failure)  # without its cause, which need not survive the way to another process
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
-    """Go through all chains, ``slots`` runs at a time; finished runs are skipped, failures reported and left out.
+    """Go through all chains, ``slots`` runs at a time; finished runs are skipped, those that diverge reported.
 
     A run that found too little memory beside others is made again later, and from then on one run fewer goes at a time
-    than went then. If it was alone, its chain stops there: what follows must not hang on a choice without it.
+    than went then. One that failed for that reason alone, or for another that is not its settings', stops its chain:
+    what follows must not hang on a choice without it.
 
     Args:
         pool: where runs are made.
@@ -150,7 +157,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             if isinstance(error, BrokenExecutor):
                 print(f"{job.folder}: a worker process died, perhaps for want of memory: use fewer jobs", flush=True)
                 return False
-            if error and among > 1:
+            if isinstance(error, TooLittleMemoryError) and among > 1:
                 slots = min(slots, among - 1)
                 heapq.heappush(waiting, turn)
                 print(f"{job.folder} {error}; again later, {slots} runs at a time from now on", flush=True)

@@ -29,6 +29,7 @@ RUNS = {
     "sgp": ("train.n_mc=2",),
     "sgp_fsdp": ("train.n_mc=2", "train.fsdp=true"),
     "tied": ("method=mle", "llm.architecture.tie_word_embeddings=true", "train.fsdp=true"),
+    "adalora": ("method=adalora", "opt.lr=0.1", "method.factory.orthogonality=3"),
     "cut": ("method=mle",),
 }
 
@@ -101,7 +102,7 @@ def scores(folder: Path, name: str, mc: str) -> np.ndarray:
     return np.load(folder / name / f"predictions_test_mc{mc}.npz")["logits"]
 
 
-@pytest.mark.parametrize("name", ["mle", "mle_fsdp", "tied"])
+@pytest.mark.parametrize("name", ["mle", "mle_fsdp", "tied", "adalora"])
 def test_without_noise_two_processes_train_and_predict_as_one(folders, name):
     for one, two in zip(steps(folders["one"], name), steps(folders["two"], name), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

@@ -1,5 +1,6 @@
 """The entry point from end to end, on a random two-layer model: what a run writes, repeats, resumes and refuses."""
 
+import gc
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,29 @@ def test_main_says_how_to_resume(tmp_path, overrides, monkeypatch):
     assert (
         stop.value.code == f"interrupted: stopped after step 2; go on with resume=true paths.output_dir={tmp_path}/run"
     )
+
+
+def test_nothing_holds_a_run_whose_training_failed(overrides, monkeypatch):
+    """In a process that makes one run after another it would stay in the GPU's memory."""
+    runs: list[weakref.ref[Run]] = []
+
+    def fail(run: Run) -> int:
+        runs.append(weakref.ref(run))
+        raise torch.OutOfMemoryError("too little")
+
+    monkeypatch.setattr(ts, "train", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        ts.execute(compose(overrides()))
+    gc.collect()
+    assert runs[0]() is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_chooses_the_adapter_cannot_change_when_a_run_is_resumed(overrides):
+    execute(overrides("eval.keep=last", "eval.every=2"))
+    with pytest.raises(ValueError, match=r"eval\.\w+ is"):
+        execute(overrides("eval.keep=best", "eval.every=2", "resume=true"))
+    execute(overrides("eval.keep=last", "eval.every=epoch", "resume=true"))
 
 
 def test_resuming_a_finished_run_only_evaluates(tmp_path, overrides):
@@ -540,6 +565,8 @@ def assert_one_line(message: str) -> None:
         ("train.fsdp=1", "train.fsdp=1: expected true or false"),
         ("eval.figures=nope", "eval.figures=nope: expected true or false"),
         ("inducing.prior_sd_b=0", "prior_sd_b=0: expected a number above 0"),
+        ("llm.name_or_path=no/such inducing.lambda_init=2", "lambda_init must lie in"),
+        ("llm.name_or_path=no/such inducing.inducing_rows=0", "inducing sizes must be at least 1"),
         ("inducing.mean_gain=-1", "mean_gain=-1: expected a number above 0"),
         ("method=temperature method.factory.maximum=1", "^error: method.factory.maximum=1 must be greater than 1"),
         ("eval.n_mc=0", "eval.n_mc=0: expected"),

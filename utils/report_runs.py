@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -23,6 +24,8 @@ VARIED = (
 """Groups and keys of the configuration whose differing keys make a variant."""
 NOT_VARIED = (*NOT_IN_TRAIN_FINGERPRINT, "_target_", "init_seed")
 """Keys below them that change no result, or only with the seed or the method."""
+SAME_MODEL = 0.01
+"""Difference in NLL, nats, that padding and rounding can make to one base model."""
 PATHS = ("init_adapter",)
 """Keys of which only whether they are set tells variants apart."""
 
@@ -67,7 +70,12 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
         for row, file in zip(run.rows, run.files, strict=True):
             key = (*row.run, row.split, row.mc)
             if key in rows:
-                if row.method != "zero_shot":
+                if row.method == "zero_shot" and abs((row.nll or 0.0) - (rows[key].nll or 0.0)) > SAME_MODEL:
+                    notes.append(
+                        f"left out the base model of {run.folder}, {row.split}: not that of {files[key].parent}; "
+                        "report runs of one dset.scoring, dtype and quantization at a time"
+                    )
+                elif row.method != "zero_shot":
                     notes.append(f"left out {run.folder}, {row.split} MC={row.mc}: repeats {files[key].parent}")
                 continue
             rows[key], files[key] = row, file
@@ -79,7 +87,7 @@ def load_scores(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["logits"], arrays["answer"], arrays["ids"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

@@ -14,15 +14,18 @@ SHOWN_AS_MEAN = ("sgp",)
 """Methods whose prediction with the posterior mean has a row of its own."""
 TITLES = {"acc": "ACC", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier", **{a: a[6:] + " AUROC" for a in AUROCS}}
 CAPTION = (
-    "Mean ± standard deviation over seeds (their number in brackets where it varies). Bold: the best mean, if it "
-    f"differs from every other method of the task at level {ALPHA} (two-sided). Two methods with predictions of the "
-    "same examples, for all seeds of the one with fewer, are compared by a t-test paired over seeds and examples; its "
-    "squared standard error adds that over examples (bootstrapped for the ECE) and that over seeds, and with one seed "
-    "it speaks of these adapters only. "
-    "Others by Welch's t-test over seeds, where a single seed is never significant; the base model, which no seed "
-    "changes, by a one-sample t-test. Rows marked (mean) are left out."
+    "Mean ± standard deviation over seeds (their number in brackets where it varies). Bold: the best mean of those "
+    f"with all seeds, if it differs from every other method of the task at level {ALPHA} (two-sided). Two methods with "
+    "predictions of the same examples, for all seeds of the one with fewer, are compared by a t-test paired over seeds "
+    "and examples; its squared standard error adds that over examples (bootstrapped for the ECE) and that over seeds, "
+    "and with one seed it speaks of these adapters only. Others by Welch's t-test over seeds, where a single seed is "
+    "never significant; the base model, which no seed changes, by a one-sample t-test. Rows marked (mean) are left out."
 )
-
+TEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+)
+"""Signs that LaTeX reads otherwise."""
 SCALED = {
     "nll_scaled": "NLL (nats) after temperature scaling",
     "ece_scaled": "ECE after temperature scaling",
@@ -60,10 +63,16 @@ def values(rows: Iterable[Row], metric: str) -> list[float]:
 
 
 def best(column: Column, metric: str) -> str | None:
-    """The method with the best mean; the first of equal ones, None if nobody has a value."""
+    """The method with the best mean, of those with all seeds; the first of equal ones, None if nobody has a value."""
     sign = -1.0 if metric == "acc" else 1.0
-    means = {name: sign * fmean(found) for name, rows in column.items() if (found := values(rows, metric))}
+    whole = {name: rows for name, rows in column.items() if has_all_seeds(column, name)}
+    means = {name: sign * fmean(found) for name, rows in whole.items() if (found := values(rows, metric))}
     return min(means, key=lambda name: means[name]) if means else None
+
+
+def has_all_seeds(column: Column, name: str) -> bool:
+    """Whether a method was run with as many seeds as any of its column; no seed changes the base model."""
+    return name == ZERO_SHOT or len(column[name]) == max(len(rows) for rows in column.values())
 
 
 def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Prediction]]) -> None:
@@ -235,13 +244,14 @@ def _summary(title: str, of_model: Mapping[str, Column], names: Sequence[str]) -
             near = sum(_within(column, metric, name) for column in ran)
             line.append(f"{sum(best(column, metric) == name for column in ran)} / {near}")
         for metric in ("nll", "ece"):
-            pairs = [(values(c["mle"], metric), values(c[name], metric)) for c in ran if "mle" in c and name != "mle"]
+            pairs = [_by_common_seed(c, name, metric) for c in ran if "mle" in c and name != "mle"]
             cuts = [1 - fmean(b) / fmean(a) for a, b in pairs if a and b and fmean(a) > 0]
             line.append(f"{100 * fmean(cuts):.1f} %" if cuts else "")
         cells.append([(text, False) for text in line])
     caption = (
         "Number of tasks on which a method has the best mean / lies within one standard error of the best (that of the "
-        "best method over its seeds; 0 for one seed). Reductions relative to mle, averaged over the tasks of both."
+        "best method over its seeds; 0 for one seed); where it has fewer seeds than others it does neither. Reductions "
+        "relative to mle with the same seeds, averaged over the tasks of both."
     )
     return Table(title, caption, cells)
 
@@ -262,11 +272,20 @@ def _scaled(model: str, of_model: Mapping[str, Column], names: Sequence[str], sp
 
 def _within(column: Column, metric: str, name: str) -> bool:
     winner, own = best(column, metric), values(column[name], metric)
-    if winner is None or not own:
+    if winner is None or not own or not has_all_seeds(column, name):
         return False
     top = values(column[winner], metric)
     error = stdev(top) / math.sqrt(len(top)) if len(top) > 1 else 0.0
     return abs(fmean(own) - fmean(top)) <= error
+
+
+def _by_common_seed(column: Column, name: str, metric: str) -> tuple[list[float], list[float]]:
+    """Values of ``mle`` and of another method for the seeds of both; no seed changes the base model."""
+    base, own = column["mle"], column[name]
+    if name != ZERO_SHOT:
+        seeds = {row.seed for row in base} & {row.seed for row in own}
+        base, own = ([row for row in rows if row.seed in seeds] for rows in (base, own))
+    return values(base, metric), values(own, metric)
 
 
 def _shifted(rows: Sequence[Row], model: str) -> Table:
@@ -281,6 +300,4 @@ def _shifted(rows: Sequence[Row], model: str) -> Table:
 
 
 def _tex(text: str) -> str:
-    for sign in "&%$#_{}":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("±", r"$\pm$")
+    return text.translate(TEX)

@@ -16,8 +16,10 @@ from utils.data.example import near_matches
 from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, lacks_memory
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
+CHOOSES_BEST = ("every", "every_n_mc", "split")
+"""Keys of ``eval`` that decide which adapter ``eval.keep=best`` keeps."""
 NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
-"""Keys of ``train`` that change no result, so they may change when a run is resumed."""
+"""Keys of ``train`` that change no result but by rounding, so they may change when a run is resumed."""
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
     *("train.graph_padding", "train.log_every", "train.checkpoint_every"),
@@ -117,7 +119,8 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that resumes it."""
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
     train = {key: value for key, value in values["train"].items() if key not in NOT_IN_TRAIN_FINGERPRINT}
-    return values | {"train": train}
+    keep = {"keep": cfg.eval.keep} | ({key: cfg.eval[key] for key in CHOOSES_BEST} if cfg.eval.keep == "best" else {})
+    return values | {"train": train, "eval": keep}
 
 
 def one_line(error: Exception, configs: Path) -> str:
@@ -127,7 +130,7 @@ def one_line(error: Exception, configs: Path) -> str:
     text = " ".join(str(error).split())
     if lacks_memory(error) and not isinstance(error, TooLittleMemoryError):  # which has a remedy of its own
         said = text.split(" GPU ")[0].split(" Search for ")[0].rstrip(".")  # torch goes on about processes and links
-        return f"error: {said}: {LESS_MEMORY}"
+        return f"error: {said or 'out of memory'}: {LESS_MEMORY}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         text, known = f"{group}={name}: no such file in configs/{group}", list(error.options)

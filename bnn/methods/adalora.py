@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
@@ -130,7 +131,8 @@ class AdaLoRA(Method):
         first = model.training and Q.grad is None
         yield PointEstimate()
         if first and Q.grad is not None and self.orthogonality:
-            (self.orthogonality * orthogonality_penalty(model)).backward()
+            processes = dist.get_world_size() if dist.is_initialized() else 1  # whose gradients will be summed
+            (self.orthogonality / processes * orthogonality_penalty(model)).backward()
 
     def after_step(self, model: nn.Module, step: int, rate: float) -> None:
         """Update the importance of every singular value and prune (Algorithm 1); t = step + 1.

@@ -29,6 +29,9 @@ class SGP(Method):
         antithetic: predict with mirrored pairs of draws (``bnn.Antithetic``) instead of independent ones.
         cuda_graph: on a GPU, make the draws of training by CUDA graphs.
         posterior: arguments of ``SGPLoraConfig`` beyond LoRA's own.
+
+    Raises:
+        ValueError: for a posterior that no factor can have; before a model is there.
     """
 
     stochastic = True
@@ -46,6 +49,7 @@ class SGP(Method):
         self.antithetic = antithetic
         self.cuda_graph = cuda_graph
         self.posterior = posterior
+        check_posterior(posterior)
         self._trained: tuple[nn.Module, Sampler] | None = None
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
@@ -82,3 +86,17 @@ class SGP(Method):
             kind = "scales" if name in SCALES else "flow" if name.startswith(FLOW_PREFIX) else "others"
             groups[kind].append(parameter)
         return [{"params": own, "lr": rates[kind], "weight_decay": 0.0} for kind, own in groups.items() if own]
+
+
+def check_posterior(posterior: dict[str, Any]) -> None:
+    """Make a small A and B with these arguments: a wrong value is found here rather than in a large model.
+
+    Raises:
+        ValueError: for an unknown argument or a wrong value.
+    """
+    try:
+        config = SGPLoraConfig(**posterior)
+        for sd, zero_start in ((config.prior_sd, False), (config.prior_sd_b, True)):
+            config.make_factor(torch.ones(2, 2), sd, zero_start, torch.Generator())
+    except TypeError as error:
+        raise ValueError(f"a key of inducing does not fit: {error}") from error

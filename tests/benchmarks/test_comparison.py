@@ -53,7 +53,10 @@ class Serial(Executor):
 
     def submit(self, function, /, *arguments, **keywords):
         future: Future = Future()
-        future.set_result(function(*arguments, **keywords))
+        try:
+            future.set_result(function(*arguments, **keywords))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -111,6 +114,26 @@ def test_too_little_memory_is_not_taken_for_a_failure_of_the_run(tmp_path, monke
     monkeypatch.setattr(workers, "execute", execute)
     with pytest.raises(TooLittleMemoryError, match=r"too little|out of memory"):
         workers.work(Job(tmp_path, (), True))
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("nan"), torch.linalg.LinAlgError("not positive-definite")])
+def test_what_diverges_is_a_result_of_its_settings(tmp_path, monkeypatch, error):
+    def execute(job: Job) -> None:
+        raise error
+
+    monkeypatch.setattr(workers, "execute", execute)
+    assert workers.work(Job(tmp_path, (), True)) == f"error: {error}"
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("refused"), KeyError("gone")])
+def test_other_failures_are_none(tmp_path, monkeypatch, error):
+    def execute(job: Job) -> None:
+        raise error
+
+    monkeypatch.setattr(workers, "execute", execute)
+    with pytest.raises(RuntimeError, match=r"No space left|refused|gone") as failed:
+        workers.work(Job(tmp_path, (), True))
+    assert not isinstance(failed.value, TooLittleMemoryError)
 
 
 class Together(Executor):
@@ -189,7 +212,24 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     assert workers.is_finished(Job(tmp_path, ("opt.lr=1", "seed=0"), False)), "neither order nor repetition counts"
     workers.write_json_atomic(tmp_path / workers.SETTINGS, ["opt.lr=1"])
     with pytest.raises(ValueError, match=r"other settings \(opt.lr=1 opt.lr=2\): use another folder"):
-        workers.is_finished(Job(tmp_path, ("opt.lr=2",), False))
+        workers.is_finished(Job(tmp_path, ("++opt.lr=2",), False))
+
+
+def test_a_folder_may_be_moved_with_its_data(tmp_path):
+    workers.write_json_atomic(tmp_path / workers.SETTINGS, ["paths.data_dir=/a", "train.init_adapter=/a/adapter"])
+    workers.write_json_atomic(tmp_path / workers.TUNED, {})
+    assert workers.is_finished(Job(tmp_path, ("train.init_adapter=/b/adapter", "paths.data_dir=/b"), False))
+
+
+@pytest.mark.parametrize("override", ["opt.lr=1", "++opt.lr=1", "+seed=3", "method@_global_=sgp"])
+def test_what_differs_from_run_to_run_cannot_be_set_for_all(override):
+    with pytest.raises(ValueError, match="differs from run to run here"):
+        comparison.check_common([override])
+
+
+def test_a_rate_is_not_tried_again_for_its_rounding():
+    tried = [Setting(1.67e-5), Setting(5e-5)]
+    assert comparison.untried([Setting(5.01e-5), Setting(1.5e-4)], tried) == [Setting(1.5e-4)]
 
 
 def test_what_the_user_says_comes_last(tmp_path):
@@ -237,7 +277,7 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
     made = Comparison(tmp_path / "out", ["eval.n_mc=2", "train.batch_size=4"])
 
     def compare() -> str:
-        assert run_chains(Serial(), [made.chain("tiny", method) for method in comparison.RATES], slots=2)
+        assert not run_chains(Serial(), [made.chain("tiny", method) for method in comparison.RATES], slots=2)
         made.write_lists(["tiny"])
         return capsys.readouterr().out
 

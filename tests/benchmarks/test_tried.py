@@ -22,8 +22,8 @@ def tuning(tmp_path):
 def test_medians_worst_and_most_accurate(tuning):
     lines = tried.markdown(tried.read(tuning)).splitlines()[2:]
     assert lines == [
-        "| sst2_100 | mle | 2 | 0.650 | 0.800 | 20.0 | 30.0 | 90.0 / 0.800 / 30.0 |",
-        "| sst2_100 | sgp | 3 | 0.300 | 0.700 | 2.0 | 6.0 | 90.0 / 0.250 / 6.0 |",
+        "| sst2_100 | mle | 2 | 1 | 0.650 | 0.800 | 20.0 | 30.0 | 90.0 / 0.800 / 30.0 |",
+        "| sst2_100 | sgp | 3 | 0 | 0.300 | 0.700 | 2.0 | 6.0 | 90.0 / 0.250 / 6.0 |",
     ]
 
 

@@ -1,6 +1,7 @@
 """Reports over synthetic run folders, made with the writers that runs use."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from bnn.metrics import evaluate_predictions
 from utils import report
 from utils.report_rows import own_predictions, read_csv
-from utils.report_runs import collect
+from utils.report_runs import collect, load_scores
 from utils.run import RunLogger, save_predictions, write_json_atomic
 
 N, C = 300, 3
@@ -90,19 +91,22 @@ def test_report_of_runs_and_round_trip_through_csv(runs, tmp_path, capsys):
 
 
 def test_temperature_scaling_of_runs_that_saved_validation_predictions(tmp_path):
-    """With the same scores on both splits T is the best for test; scaling its scores by T gives the same numbers."""
+    """T is the best for validation, where scores are twice as sharp; dividing test scores by it gives the numbers."""
     for method in ("mle", "sgp"):
-        write_run(tmp_path / "runs" / method, method, more=("validation",))
+        folder = write_run(tmp_path / "runs" / method, method, more=("validation",))
+        for path in folder.glob("predictions_validation_*"):
+            logits, answer, ids = load_scores(path)
+            save_predictions(path, torch.from_numpy(2 * logits), torch.from_numpy(answer), list(ids))
     report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     rows = {r.method: r for r in read_csv(tmp_path / "out" / "results.csv") if r.split == "test" and r.mc != "8"}
-    assert 2 < rows["mle"].temperature < 10, "its scores are too large"
+    assert 4 < rows["mle"].temperature < 20, "its scores are too large"
     logits, answer = scores("mle", 0, "arc", 1)
     expected = evaluate_predictions(logits / rows["mle"].temperature, answer)
     assert rows["mle"].nll_scaled == pytest.approx(expected["nll"], rel=1e-5)
     assert rows["mle"].ece_scaled == pytest.approx(expected["ece"], abs=1e-6)
     for other in (0.95, 1.05):
-        worse = evaluate_predictions(logits / (other * rows["mle"].temperature), answer)
-        assert worse["nll"] > rows["mle"].nll_scaled
+        worse = [evaluate_predictions(2 * logits / (t * rows["mle"].temperature), answer)["nll"] for t in (1, other)]
+        assert worse[1] > worse[0], "not the best for validation"
     text = (tmp_path / "out" / "report.md").read_text()
     assert "NLL (nats) after temperature scaling on test" in text
     assert f"| mle | {rows['mle'].nll_scaled:.4f} |" in text
@@ -146,6 +150,27 @@ def test_unfinished_and_damaged_runs_are_named_and_left_out(runs, capsys, tmp_pa
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     assert [Path(line.split(":")[0].removeprefix("left out ")).name for line in lines] == ["mle0", "mle1", "sgp0"]
     assert "the run has not finished" in lines[0]
+
+
+def test_a_damaged_file_of_predictions_is_as_good_as_none(runs, tmp_path):
+    for path in runs.rglob("predictions_test_*.npz"):
+        path.write_bytes(path.read_bytes()[:-100])
+        assert load_scores(path) is None
+    report.main([str(runs), "--out", str(tmp_path / "out")])
+    assert "welch" in (tmp_path / "out" / "report.csv").read_text()
+
+
+def test_another_base_model_is_not_left_out_in_silence(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "sgp")
+    assert collect([tmp_path])[2] == []
+    log = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    for record in records:
+        if record.get("mc") == "zero_shot":
+            record["nll"] += 0.5
+    (tmp_path / "b" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert any("not that of" in note and "dset.scoring" in note for note in collect([tmp_path])[2])
 
 
 def test_variants_are_named_by_what_differs(tmp_path):

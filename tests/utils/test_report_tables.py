@@ -22,7 +22,7 @@ from utils.report_scores import (
     score,
 )
 from utils.report_scores import welch_p as welch
-from utils.report_tables import best, columns, mark_significant, markdown, significant, tables
+from utils.report_tables import Table, best, columns, latex, mark_significant, markdown, significant, tables
 
 IDS = np.array([f"q{i}" for i in range(400)])
 
@@ -202,6 +202,25 @@ def test_summary_counts_and_reductions():
     nll_cut, ece_cut = (1 - 0.5 / 1.05 + 1 - 1.09 / 1.05) / 2, 0.75 / 2
     assert found["sgp"][2] == "1 / 2"
     assert found["sgp"][4:] == [f"{100 * nll_cut:.1f} %", f"{100 * ece_cut:.1f} %"]
+
+
+def test_fewer_seeds_than_others_have_neither_win_nor_tie():
+    """One good seed against three whose third failed; the seed of both favours mle."""
+    rows = [make_row("mle", s, nll, ece_=nll / 10) for s, nll in enumerate((0.3, 0.4, 1.2))]
+    rows += [make_row("map", s, 0.7, ece_=0.07) for s in range(3)] + [make_row("sgp", 0, 0.45, ece_=0.045)]
+    column = columns(rows, "m", "test")["arc"]
+    mark_significant(column, {})
+    assert best(column, "nll") == "mle"
+    cells = next(table for table in tables(rows, "test") if "summary" in table.title).cells
+    found = {row[0][0]: [text for text, _ in row[1:]] for row in cells}
+    assert found["sgp"][2:] == ["0 / 0", "0 / 0", "-50.0 %", "-50.0 %"]
+
+
+def test_signs_that_latex_reads_otherwise():
+    table = Table("a_b", "p^(1/T) ~ 5 % \\ 1 ± 2", [[("x", False)]])
+    assert latex(table).splitlines()[2] == (
+        r"\caption{a\_b. p\textasciicircum{}(1/T) \textasciitilde{} 5 \% \textbackslash{} 1 $\pm$ 2}"
+    )
 
 
 def test_methods_that_train_have_a_summary_of_their_own():

@@ -21,6 +21,9 @@ def wrapped(cause: Exception) -> Exception:
         torch.OutOfMemoryError(ALLOCATOR),
         RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs"),
         TooLittleMemoryError("memory: 3 GB of 2 GB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000000 bytes"),
         MemoryError(),
         wrapped(torch.OutOfMemoryError(ALLOCATOR)),
     ],
@@ -29,7 +32,9 @@ def test_a_want_of_memory_is_known(error):
     assert lacks_memory(error)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("out of memory"), wrapped(ValueError("no"))])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), OSError("out of memory"), wrapped(ValueError("no"))]
+)
 def test_other_errors_are_no_want_of_memory(error):
     assert not lacks_memory(error)
 
@@ -42,11 +47,16 @@ def test_other_errors_are_no_want_of_memory(error):
             "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs",
             "CUDA error: out of memory",
         ),
+        ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: can't allocate memory"),
     ],
 )
 def test_a_want_of_memory_is_one_line_with_the_remedies(text, said):
     expected = f"error: {said}: set quantization=nf4, llm.gradient_checkpointing=true, a smaller train.batch_size"
     assert one_line(RuntimeError(text), Path()).startswith(expected)
+
+
+def test_an_error_without_words_is_named():
+    assert one_line(MemoryError(), Path()).startswith("error: out of memory: set quantization=nf4")
 
 
 def test_the_plan_of_memory_says_its_own_remedies_once():

