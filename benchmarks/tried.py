@@ -3,8 +3,8 @@
     python -m benchmarks.tried outputs/comparison/tuning.json --out benchmarks/results/comparison
 
 Writes tried.md (per task and method the median over the settings, and the worst, of NLL and ECE; and the setting of
-highest accuracy; how many diverged, which the others leave out) and tried.png (ACC against ECE, a point per setting). A
-setting counts once, with the mean over the seeds it was trained with.
+highest accuracy; how many diverged or were not run, which the others leave out) and tried.png (ACC against ECE, a point
+per setting). A setting counts once, with the mean over the seeds it was trained with.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from utils.report_figures import panel_grid
 from utils.run import write_text_atomic
 
 Tried = dict[str, dict[str, list[dict[str, float]]]]
-"""Mean metrics of the settings tried, by task and method; nothing of a setting without a result: it diverged."""
+"""Mean metrics of the settings tried, by task and method; nothing of a setting that diverged or was not run."""
 FOREMOST = "sgp"
 """The method drawn above the others."""
 LOOK = {"marker": "s", "color": "#F0E442", "markersize": 9, "markeredgecolor": "black"}
@@ -48,7 +48,7 @@ def read(path: Path) -> Tried:
 
 def markdown(tried: Tried) -> str:
     """NLL in nats; ACC and ECE in per cent."""
-    head = ["task", "method", "settings", "diverged", "NLL, median", "NLL, worst", "ECE %, median", "ECE %, worst"]
+    head = ["task", "method", "settings", "no result", "NLL, median", "NLL, worst", "ECE %, median", "ECE %, worst"]
     head.append("most accurate: ACC % / NLL / ECE %")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task, of in tried.items():

@@ -23,6 +23,7 @@ from utils.settings import compose, one_line
 
 TUNED = "tuned.json"
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)
+"""Errors that a run's settings are the cause of."""
 SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
 
