@@ -12,6 +12,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -19,8 +20,18 @@ from utils.plots import STYLE, TITLES, line_look, save_figure
 from utils.report_figures import panel_grid
 from utils.run import write_text_atomic
 
-Tried = dict[str, dict[str, list[dict[str, float]]]]
-"""Mean metrics of the settings tried, by task and method; nothing of a setting that diverged or was not run."""
+
+class Found(NamedTuple):
+    """What the settings of a method came to."""
+
+    metrics: list[dict[str, float]]
+    """The means of each setting that has a result."""
+    missing: int
+    """How many diverged or were not run."""
+
+
+Tried = dict[str, dict[str, Found]]
+"""By task and method."""
 FOREMOST = "sgp"
 """The method drawn above the others."""
 LOOK = {"marker": "s", "color": "#F0E442", "markersize": 9, "markeredgecolor": "black"}
@@ -32,17 +43,17 @@ LOWEST = 0.15
 def read(path: Path) -> Tried:
     """What ``tuning.json`` holds: task -> method -> setting -> seed -> metrics. Tasks without a run are left out."""
     names = ("acc", "nll", "ece")
+
+    def found(settings: dict[str, dict[str, dict[str, float]]]) -> Found:
+        whole = [list(runs.values()) for runs in settings.values() if runs]
+        metrics = [{name: statistics.mean(run[name] for run in runs) for name in names} for runs in whole]
+        return Found(metrics, len(settings) - len(whole))
+
     table = {
-        task: {
-            method: [
-                {name: statistics.mean(run[name] for run in runs.values()) for name in names if runs}
-                for runs in settings.values()
-            ]
-            for method, settings in of.items()
-        }
+        task: {method: found(settings) for method, settings in of.items()}
         for task, of in json.loads(path.read_text()).items()
     }
-    filled = {task: {method: found for method, found in of.items() if any(found)} for task, of in table.items()}
+    filled = {task: {method: own for method, own in of.items() if own.metrics} for task, of in table.items()}
     return {task: of for task, of in filled.items() if of}
 
 
@@ -52,15 +63,13 @@ def markdown(tried: Tried) -> str:
     head.append("most accurate: ACC % / NLL / ECE %")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task, of in tried.items():
-        for method, all_of_it in of.items():
-            found = [m for m in all_of_it if m]
+        for method, (found, missing) in of.items():
             nll, ece = [m["nll"] for m in found], [100 * m["ece"] for m in found]
             best = min(found, key=lambda m: (-m["acc"], m["nll"]))
             cells = [f"{statistics.median(nll):.3f}", f"{max(nll):.3f}"]
             cells += [f"{statistics.median(ece):.1f}", f"{max(ece):.1f}"]
             most = f"{100 * best['acc']:.1f} / {best['nll']:.3f} / {100 * best['ece']:.1f}"
-            counts = [str(len(found)), str(len(all_of_it) - len(found))]
-            lines.append("| " + " | ".join([task, method, *counts, *cells, most]) + " |")
+            lines.append("| " + " | ".join([task, method, str(len(found)), str(missing), *cells, most]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,9 +79,9 @@ def draw(tried: Tried, path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure, panels = panel_grid(len(tried), 3.6, 3.3)
         for ax, (task, of) in zip(panels, tried.items(), strict=True):
-            best = max(m["acc"] for found in of.values() for m in found if m)
+            best = max(m["acc"] for found in of.values() for m in found.metrics)
             for index, name in enumerate(names):
-                points = [m for m in of.get(name, []) if m and m["acc"] >= best - LOWEST]
+                points = [m for m in of.get(name, Found([], 0)).metrics if m["acc"] >= best - LOWEST]
                 look = LOOK if name == FOREMOST else line_look(index)
                 x, y = [m["ece"] for m in points], [m["acc"] for m in points]
                 ax.plot(x, y, linestyle="", alpha=0.8, label=name, zorder=3 + index, **look)
