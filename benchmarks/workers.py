@@ -19,13 +19,15 @@ from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
 from utils.run import RELIABILITY_FILE, write_json_atomic
-from utils.settings import compose, one_line
+from utils.settings import compose, key_of, one_line
 
 TUNED = "tuned.json"
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)
 """Errors that a run's settings are the cause of."""
 SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
+MOVED = ("paths.", "train.init_adapter")
+"""Keys that differ once a comparison's folder, or its data, has been moved."""
 
 
 class Job(NamedTuple):
@@ -47,21 +49,20 @@ def is_finished(job: Job) -> bool:
     Raises:
         ValueError: if the folder's run was made with other settings.
     """
-    made, moved = job.folder / SETTINGS, ("paths.", "train.init_adapter")  # a folder may be moved, and its data
+    made = job.folder / SETTINGS
     if not (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists():
         return False
-    if made.exists() and (before := by_key(json.loads(made.read_text()))) != (now := by_key(job.overrides)):
-        differing = sorted(item for item in before.items() ^ now.items() if not item[0].startswith(moved))
-        if differing:
-            other = " ".join(f"{key}={value}" for key, value in differing)
+    if made.exists():
+        differing = by_key(json.loads(made.read_text())).items() ^ by_key(job.overrides).items()
+        other = " ".join(f"{key}={value}" for key, value in sorted(differing) if not key.startswith(MOVED))
+        if other:
             raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another folder")
     return True
 
 
 def by_key(overrides: Sequence[str]) -> dict[str, str]:
     """The last value of every key, whatever Hydra's prefix or package."""
-    pairs = (override.partition("=")[::2] for override in overrides)
-    return {key.lstrip("+~").partition("@")[0]: value for key, value in pairs}
+    return {key_of(override): override.partition("=")[2] for override in overrides}
 
 
 def tuned(job: Job) -> dict[str, float]:
@@ -97,9 +98,9 @@ def work(job: Job) -> str | None:
     except DIVERGED as error:
         return one_line(error, CONFIGS)
     except Exception as error:
-        is_known = lacks_memory(error) or isinstance(error, train_script.USER_ERRORS)
-        failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
         kind = TooLittleMemoryError if lacks_memory(error) else RuntimeError
+        is_known = kind is TooLittleMemoryError or isinstance(error, train_script.USER_ERRORS)
+        failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
     else:
         return None
     finally:

@@ -96,6 +96,11 @@ def compose(configs: Path, overrides: list[str]) -> DictConfig:
         GlobalHydra.set_state(outer)
 
 
+def key_of(override: str) -> str:
+    """The key that an argument of the command line sets, without Hydra's prefix, package and value."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, Any]]:
     """Settings of the data sets in ``eval.ood``, scored, limited and subsampled as the run's own.
 

@@ -99,6 +99,15 @@ def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_pa
     assert "it fails" in capsys.readouterr().out
 
 
+def fail_with(error: Exception, monkeypatch) -> None:
+    """Make every run end with this error."""
+
+    def execute(job: Job) -> None:
+        raise error
+
+    monkeypatch.setattr(workers, "execute", execute)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -108,29 +117,20 @@ def test_a_stage_starts_once_the_one_before_has_ended_and_priorities_hold(tmp_pa
     ],
 )
 def test_too_little_memory_is_not_taken_for_a_failure_of_the_run(tmp_path, monkeypatch, error):
-    def execute(job: Job) -> None:
-        raise error
-
-    monkeypatch.setattr(workers, "execute", execute)
+    fail_with(error, monkeypatch)
     with pytest.raises(TooLittleMemoryError, match=r"too little|out of memory"):
         workers.work(Job(tmp_path, (), True))
 
 
 @pytest.mark.parametrize("error", [FloatingPointError("nan"), torch.linalg.LinAlgError("not positive-definite")])
 def test_what_diverges_is_a_result_of_its_settings(tmp_path, monkeypatch, error):
-    def execute(job: Job) -> None:
-        raise error
-
-    monkeypatch.setattr(workers, "execute", execute)
+    fail_with(error, monkeypatch)
     assert workers.work(Job(tmp_path, (), True)) == f"error: {error}"
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("refused"), KeyError("gone")])
 def test_other_failures_are_none(tmp_path, monkeypatch, error):
-    def execute(job: Job) -> None:
-        raise error
-
-    monkeypatch.setattr(workers, "execute", execute)
+    fail_with(error, monkeypatch)
     with pytest.raises(RuntimeError, match=r"No space left|refused|gone") as failed:
         workers.work(Job(tmp_path, (), True))
     assert not isinstance(failed.value, TooLittleMemoryError)

@@ -10,6 +10,7 @@ LESS_MEMORY = (
 )
 """What a user can do about a want of memory."""
 SAID = re.compile(r"out of memory|can't allocate memory|CU\w+_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")
+"""How plain errors tell it."""
 
 
 class LLMLoadError(RuntimeError):

@@ -8,6 +8,7 @@ from utils.data.example import near_matches
 from utils.search.figures import CROSSES
 from utils.search.sampler import SAMPLERS
 from utils.search.selection import SIGNS
+from utils.settings import key_of
 
 NAMES = {"sampler": SAMPLERS, "final_points": ("selected", "front")}
 LISTS = {"objectives": (tuple(SIGNS), 1), "select.rules": (tuple(CROSSES), 0)}
@@ -60,11 +61,8 @@ def check_search(values: Mapping[str, Any]) -> None:
 
 def training_overrides(arguments: Sequence[str]) -> list[str]:
     """The arguments that ``train_script.py`` takes too; trials choose their own folder."""
-
-    def key(argument: str) -> str:
-        return argument.partition("=")[0].lstrip("+~").partition("@")[0]
-
-    return [a for a in arguments if not any(key(a) == name or key(a).startswith(f"{name}.") for name in NOT_TRAINING)]
+    keys = {a: key_of(a) for a in arguments}
+    return [a for a in arguments if not any(keys[a] == n or keys[a].startswith(f"{n}.") for n in NOT_TRAINING)]
 
 
 def _get(values: Mapping[str, Any], key: str) -> Any:
