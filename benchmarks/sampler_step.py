@@ -26,7 +26,7 @@ def training(model: nn.Module, draw: Draw, n: int, parameters: Sequence[nn.Param
     """A draw, its KL, and backward from ones in the place of the model's gradient."""
     factors = active_factors(model)
     shapes = [(f.spec.d_out, f.spec.d_in) if n == 1 else (n, f.spec.d_out, f.spec.d_in) for f in factors]
-    one = {f.compute_dtype: torch.ones((), dtype=f.compute_dtype, device=f.unit.device) for f in factors}
+    one = {f.compute_dtype: torch.ones((), dtype=f.compute_dtype, device=f.W_unit.device) for f in factors}
     gradients = [one[f.compute_dtype].expand(shape) for f, shape in zip(factors, shapes, strict=True)]
 
     def call() -> None:

@@ -107,6 +107,14 @@ class SGPLoraConfig(LoraConfig):
 class SGPLoraModel(LoraModel):
     """PEFT tuner of SGP-LoRA: a ``LoraModel`` whose factors are ``InducingFactor`` modules."""
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *arguments: Any) -> None:
+        """Refuse what PEFT would load with a warning: adapters saved while sigma_p scaled the mean too."""
+        if any(".lora_" in name and name.endswith(".unit") for name in state_dict):
+            raise ValueError(
+                "the adapter was saved with an earlier parametrisation (prior_sd scaled its mean too): train it again"
+            )
+        super()._load_from_state_dict(state_dict, *arguments)
+
     def _create_and_replace(
         self,
         lora_config: SGPLoraConfig,

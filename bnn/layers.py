@@ -1,5 +1,6 @@
 """``InducingFactor``: the module that stands where LoRA has ``lora_A`` or ``lora_B``."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Self
@@ -42,7 +43,7 @@ class InducingFactor(nn.Module):
         ValueError: for lambda_init outside (0, lambda_max), or sizes below 1.
     """
 
-    unit: Tensor
+    W_unit: Tensor
     compute_dtype: torch.dtype
 
     def __init__(
@@ -76,7 +77,7 @@ class InducingFactor(nn.Module):
         else:
             initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
         loc, unit = initial.pop("loc"), initial.pop("unit")
-        self.register_buffer("unit", unit)
+        self.register_buffer("W_unit", unit * math.exp(log_prior_sd))
         for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
             self._own(name, value, True)
         self.flow = InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden) if spec.flow_depth else None

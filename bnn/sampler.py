@@ -88,7 +88,7 @@ def group_by_spec(
     """Factors that can be stacked: equal structure, one device. The order is that of first appearance."""
     groups: dict[tuple[FactorSpec, torch.device], list[InducingFactor]] = defaultdict(list)
     for factor in factors:
-        groups[factor.spec, factor.unit.device].append(factor)
+        groups[factor.spec, factor.W_unit.device].append(factor)
     return dict(groups)
 
 
@@ -143,7 +143,7 @@ class Sampler:
         """Noise of n draws, sample by sample, (n, all stacks' noise)."""
         size = sum(stack.noise_size for stack in self.stacks)
         first = self.stacks[0]
-        drawn = [draw_noise(size, first.device, source, first.factors[0].unit.dtype) for _ in range(n)]
+        drawn = [draw_noise(size, first.device, source, first.factors[0].W_unit.dtype) for _ in range(n)]
         return torch.stack(drawn)
 
     def _draw(self, noise: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -30,7 +30,7 @@ class FactorStack:
     @property
     def device(self) -> torch.device:
         """Where the factors are."""
-        return self.factors[0].unit.device
+        return self.factors[0].W_unit.device
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the factors by name, (n, ...).

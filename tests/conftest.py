@@ -116,8 +116,8 @@ def make_tensors() -> Callable[..., tuple[dict[str, Tensor], InducingFlow | None
                 "raw_D_c": inverse_softplus(D * (1 + 0.2 * normal(spec.m_c).tanh())),
                 "raw_lambda": 0.5 * normal(),
                 "raw_prior_sd": 0.3 * normal(),
-                "unit": torch.tensor(unit, dtype=torch.float64),
             }
+            tensors["W_unit"] = unit * tensors["raw_prior_sd"].exp()
             family = spec.make_family().init(normal(spec.m_r, spec.m_c), 0.6)
             tensors |= {name: value + 0.3 * normal(*value.shape) for name, value in family.items()}
             if flow is not None:

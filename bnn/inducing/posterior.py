@@ -83,6 +83,11 @@ def prior_sd_of(tensors: Tensors) -> Tensor:
     return tensors["raw_prior_sd"].exp()
 
 
+def unit_of(tensors: Tensors) -> Tensor:
+    """Unit of q's parameters, (n,): constant in W, hence W_unit / sigma_p in U; sigma_p scales the noise alone."""
+    return tensors["W_unit"] / prior_sd_of(tensors)
+
+
 def sample(spec: FactorSpec, tensors: Tensors, noise: Noise, flow: InducingFlow | None) -> Draw:
     """Draw W = sigma_p (P_r^T V P_c + lambda * noise), V ~ q, and the KL to the prior.
 
@@ -147,7 +152,7 @@ def _kl_of_flow(spec: FactorSpec, V_0: Tensor, V: Tensor, log_det: Tensor) -> Te
 
 def _closed_form_kl(spec: FactorSpec, tensors: Tensors, rows: Frame, cols: Frame) -> Tensor:
     """KL[q(U) || p(U)] of U = unit * Y without a flow, nats, (n,)."""
-    family, unit = spec.make_family(), tensors["unit"]
+    family, unit = spec.make_family(), unit_of(tensors)
     entropy = family.entropy(tensors)
     if not family.point_mass:
         entropy = entropy + spec.m_r * spec.m_c * unit.log()
@@ -165,7 +170,7 @@ def _log_det_prior(spec: FactorSpec, rows: Frame, cols: Frame) -> Tensor:
 
 def _to_whitened(spec: FactorSpec, tensors: Tensors, Y: Tensor, rows: Frame, cols: Frame) -> Tensor:
     """V from Y = U / unit: V = U where q describes V, else V = L_r^{-1} U L_c^{-T}."""
-    U = tensors["unit"][:, None, None] * Y
+    U = unit_of(tensors)[:, None, None] * Y
     return U if spec.whitened else rows.L_inv @ U @ cols.L_inv.mT
 
 

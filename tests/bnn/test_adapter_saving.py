@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bnn
@@ -91,9 +91,18 @@ def test_only_the_adapter_is_saved_and_no_draw_with_it(make_adapted, tmp_path):
     with bnn.sample(model, 2, torch.Generator().manual_seed(0)):
         model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    expected = {"Z_r", "Z_c", "raw_D_r", "raw_D_c", "raw_loc", "raw_sd", "raw_lambda", "raw_prior_sd", "unit"}
+    expected = {"Z_r", "Z_c", "raw_D_r", "raw_D_c", "raw_loc", "raw_sd", "raw_lambda", "raw_prior_sd", "W_unit"}
     assert {name.rsplit(".", 1)[-1] for name in saved} == expected
     assert all(".lora_A." in name or ".lora_B." in name for name in saved)
+
+
+def test_an_adapter_of_the_earlier_parametrisation_is_refused(make_llama, make_adapted, tmp_path):
+    """Its keys do not fit, which PEFT itself only warns of, and it would be another posterior."""
+    make_adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("W_unit", "unit"): t for name, t in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="train it again"):
+        PeftModel.from_pretrained(make_llama(), tmp_path)
 
 
 def test_adapted_head_of_a_tied_model_is_identical(make_llama, make_adapted, ids, tmp_path):

@@ -106,7 +106,7 @@ def test_scales_start_where_they_are_told(start, A, make_factor):
     stacked = {name: t[None] for name, t in factor.tensors().items()}
     assert posterior.lambda_of(factor.spec, stacked).item() == pytest.approx(0.2, rel=1e-5)
     assert posterior.prior_sd_of(stacked).item() == pytest.approx(math.exp(-1.3), rel=1e-5)
-    torch.testing.assert_close(factor.unit * F.softplus(factor.raw_sd), torch.full((5, 6), 0.4))
+    torch.testing.assert_close(posterior.unit_of(factor.tensors()) * F.softplus(factor.raw_sd), torch.full((5, 6), 0.4))
     torch.testing.assert_close(F.softplus(factor.raw_D_c), torch.full((6,), 0.3))
     expected = 0.3 if start == "mean" else 0.7
     torch.testing.assert_close(F.softplus(factor.raw_D_r), torch.full((5,), expected))
@@ -123,7 +123,7 @@ def test_parameters_are_float32_and_learned_as_asked(A, make_factor):
         "raw_loc",
         "raw_sd",
     }
-    assert {"raw_prior_sd", "raw_lambda", "unit"} <= set(factor.state_dict())
+    assert {"raw_prior_sd", "raw_lambda", "W_unit"} <= set(factor.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -56,7 +56,7 @@ def test_follows_load_state_dict(factor, make_factor, A, assign):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["Z_r", "Z_c", "raw_D_r", "raw_D_c", "raw_loc", "raw_prior_sd", "unit"])
+@pytest.mark.parametrize("name", ["Z_r", "Z_c", "raw_D_r", "raw_D_c", "raw_loc", "W_unit"])
 def test_follows_every_tensor(factor, name):
     before = factor.mean_weight().clone()
     getattr(factor, name).add_(0.1)

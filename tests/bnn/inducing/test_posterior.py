@@ -35,7 +35,7 @@ def spec(request) -> FactorSpec:
 
 def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:
     """q(vec U), row-major, of a full Gaussian factor in its own units."""
-    unit = tensors["unit"][i]
+    unit = posterior.unit_of(tensors)[i]
     tril = unit * lower_triangular(tensors["raw_tril"][i])
     return MultivariateNormal(unit * tensors["raw_loc"][i].flatten(), scale_tril=tril)
 
@@ -153,7 +153,7 @@ def test_unit_only_changes_the_scale_of_the_parameters(name, make_tensors, gener
     """Parameters divided by c under a unit multiplied by c describe the same posterior."""
     spec = SPECS[name]
     tensors, flow = make_tensors(spec, 2, unit=1.0)
-    moved = tensors | {"unit": tensors["unit"] * 4}
+    moved = tensors | {"W_unit": tensors["W_unit"] * 4}
     for name in ("raw_loc", "raw_members"):
         if name in tensors:
             moved[name] = tensors[name] / 4
@@ -185,7 +185,7 @@ def test_point_mass_and_vanishing_lambda_give_a_fixed_matrix(make_tensors, gener
 
 def test_gradients_reach_every_tensor(spec, make_tensors, generator):
     tensors, flow = make_tensors(spec, 2)
-    learned = {k: t.requires_grad_() for k, t in tensors.items() if t.is_floating_point() and k != "unit"}
+    learned = {k: t.requires_grad_() for k, t in tensors.items() if t.is_floating_point() and k != "W_unit"}
     draw = posterior.sample(spec, tensors, noise_for(spec, 2, 8, generator), flow)
     (draw.W.square().sum() + draw.kl.sum()).backward()
     for name, tensor in learned.items():

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:
     """q(vec U), row-major, of a full Gaussian factor in its own units."""
-    unit = tensors["unit"][i]
+    unit = posterior.unit_of(tensors)[i]
     tril = unit * lower_triangular(tensors["raw_tril"][i])
     return MultivariateNormal(unit * tensors["raw_loc"][i].flatten(), scale_tril=tril)
 
@@ -81,7 +81,7 @@ def test_kl_estimate_under_a_flow_uses_normalised_densities(whitened, make_tenso
     noise = noise_for(spec, copies, 1, generator)
     estimate = posterior.sample(spec, many, noise, flow).kl
 
-    unit, (rows, cols) = tensors["unit"][0], posterior.frames(spec, tensors)
+    unit, (rows, cols) = posterior.unit_of(tensors)[0], posterior.frames(spec, tensors)
     base = MultivariateNormal(unit * torch.full((2,), 0.3, dtype=torch.float64), scale_tril=unit * 1.5 * torch.eye(2))
     eye = torch.eye(2, dtype=torch.float64)
     prior = MultivariateNormal(
