@@ -14,7 +14,8 @@ at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated on
 command can be repeated after a kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json``
 what the search found, by seed.
 
-Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first).
+Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first;
+it serves some 50 processes, more find no GPU).
 """
 
 import argparse

@@ -11,7 +11,10 @@ import torch
 
 
 def processes(n: int) -> ProcessPoolExecutor:
-    """``n`` worker processes, each with one GPU in turn if there are any, and its share of the processor."""
+    """``n`` worker processes, each with one GPU in turn if there are any, and its share of the processor.
+
+    Where one cannot begin, the executor is broken: what is submitted raises BrokenProcessPool.
+    """
     context = get_context("spawn")
     return ProcessPoolExecutor(n, context, _begin, (context.Value("i", 0), torch.cuda.device_count(), n))
 
@@ -22,6 +25,7 @@ def _begin(counter: Any, gpus: int, n: int) -> None:
         index, counter.value = counter.value, counter.value + 1
     if gpus:
         torch.cuda.set_device(index % gpus)  # what device=auto means here
+        torch.zeros((), device="cuda")  # a GPU that takes no more processes says so now, not in every run
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
     logging.disable(logging.INFO)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the worker lives

@@ -241,6 +241,15 @@ def test_what_the_user_says_comes_last(tmp_path):
         assert job.overrides[-1] == "method.factory.precision_by=evidence"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the worker would find its GPU")
+def test_workers_that_find_no_room_end_the_work_before_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of a machine that has none
+    with processes(1) as pool:
+        assert not run_chains(pool, [iter([(0, [Job(tmp_path / "x", (), True)])])], slots=1)
+    assert "found no room on its GPU: use fewer jobs" in capsys.readouterr().out
+    assert not (tmp_path / "x").exists()
+
+
 def die(job: Job) -> None:
     os.abort()
 
