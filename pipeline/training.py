@@ -1,6 +1,7 @@
 """The training loop: each optimiser step is a function of (seed, step, process), so a resumed run goes on alike."""
 
 import logging
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -95,14 +96,17 @@ def accumulate(
     graphs: StepGraphs | None = None,
     layers: CompiledLayers | None = None,
 ) -> Loss:
-    """Backward over this process's micro-batches of a step, each under its own draw; returns the step's mean loss.
+    """Backward over this process's micro-batches of a step, each under draws of its own; returns the step's mean loss.
 
+    A micro-batch has ``train.n_mc`` copies, and each copy's rows are shared out among ``train.draws_per_batch`` draws,
+    or the largest divisor of their number that divides the rows: the gradients vary less then.
     The weights of all micro-batches sum to 1, so the KL counts once. The members of an ensemble share nothing: each has
     its own gradient, and the loss returned is the mean of theirs.
     """
 
     def backward(batch: Batch, weight: float | Tensor, beta: float | Tensor) -> Loss:
-        with layers or nullcontext(), run.method.sample(run.model, n_mc, run.generator) as live:
+        draws = n_mc * math.gcd(run.cfg.train.draws_per_batch, len(batch.answer) // n_mc)
+        with layers or nullcontext(), run.method.sample(run.model, draws, run.generator) as live:
             loss = negative_elbo(score(run.model, batch), batch.answer, live.kl(), len(run.data.train), beta)
             (weight * loss.loss).backward()
         share = torch.full((), weight, device=run.device) if isinstance(weight, float) else weight

@@ -431,6 +431,7 @@ def test_clipping_bounds_the_step(overrides, monkeypatch):
     [
         ("method=mle", "opt.weight_decay=0.1"),
         ("train.n_mc=2", "train.grad_accum=2"),
+        ("train.draws_per_batch=4", "method=blob"),
         ("inducing.family=matrix_normal",),
         ("inducing.family=full", "inducing.whitened=false"),
         ("inducing.family=ensemble", "inducing.members=2"),
@@ -568,6 +569,7 @@ def assert_one_line(message: str) -> None:
         ("train.epochs=-1", "train.epochs=-1: expected"),
         ("train.max_steps=0", r"train.max_steps=0: expected .*\(or null\)"),
         ("train.n_mc=0", "train.n_mc=0: expected"),
+        ("train.draws_per_batch=0", "train.draws_per_batch=0: expected"),
         ("train.log_every=0", "train.log_every=0: expected"),
         ("train.beta=-1", "train.beta=-1: expected a number"),
         ("train.beta_warmup=2", "train.beta_warmup=2: expected a number in"),

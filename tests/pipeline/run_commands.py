@@ -1,7 +1,7 @@
 """A command line of every method that trains."""
 
 METHODS = {
-    "sgp": ("method=sgp", "train.n_mc=2"),
+    "sgp": ("method=sgp", "train.n_mc=2", "train.draws_per_batch=2"),
     "mle": ("method=mle",),
     "mc_dropout": ("method=mc_dropout", "train.graph_padding=1"),  # masks depend on the width of the batch
     "ensemble": ("method=ensemble",),
