@@ -157,7 +157,8 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             _, index, _, job = turn
             error = future.exception()
             if isinstance(error, BrokenExecutor):
-                print(f"{job.folder}: a worker process died or found no room on its GPU: use fewer jobs", flush=True)
+                reason = "a worker process died, perhaps for want of memory, or found no room on its GPU"
+                print(f"{job.folder}: {reason}: use fewer jobs", flush=True)
                 return False
             if isinstance(error, TooLittleMemoryError) and among > 1:
                 slots = min(slots, among - 1)

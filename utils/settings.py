@@ -22,8 +22,7 @@ NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padd
 """Keys of ``train`` that change no result but by rounding, so they may change when a run is resumed."""
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
-    "train.draws_per_batch",
-    *("train.graph_padding", "train.log_every", "train.checkpoint_every"),
+    *("train.draws_per_batch", "train.graph_padding", "train.log_every", "train.checkpoint_every"),
     *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
 )
 MAY_BE_NULL = ("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm")

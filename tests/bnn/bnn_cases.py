@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
-from bnn.inducing.posterior import FactorSpec, noise_shapes_of
-from bnn.linalg import inverse_softplus
+from bnn.inducing.posterior import FactorSpec, noise_shapes_of, unit_of
+from bnn.linalg import inverse_softplus, lower_triangular
 from bnn.noise import Noise, draw_noise, noise_size, shape_noise
 from bnn.stack import FactorStack
 
@@ -55,3 +56,10 @@ def raw_of(S: Tensor) -> Tensor:
     diagonal = S.diagonal(dim1=-2, dim2=-1)
     relative = S.tril(-1) / diagonal[..., None] * S.shape[-1] ** 0.5
     return relative + torch.diag_embed(inverse_softplus(diagonal))
+
+
+def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:
+    """q(vec U), row-major, of a full Gaussian factor in its own units."""
+    unit = unit_of(tensors)[i]
+    tril = unit * lower_triangular(tensors["raw_tril"][i])
+    return MultivariateNormal(unit * tensors["raw_loc"][i].flatten(), scale_tril=tril)

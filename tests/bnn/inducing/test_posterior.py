@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bnn_cases import noise_for, raw_of
-from torch import Tensor
-from torch.distributions import MultivariateNormal
+from bnn_cases import noise_for, q_of, raw_of
 from torch.nn import functional as F
 
 from bnn.inducing import posterior
@@ -31,13 +29,6 @@ SPECS = {
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
 def spec(request) -> FactorSpec:
     return request.param
-
-
-def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:
-    """q(vec U), row-major, of a full Gaussian factor in its own units."""
-    unit = posterior.unit_of(tensors)[i]
-    tril = unit * lower_triangular(tensors["raw_tril"][i])
-    return MultivariateNormal(unit * tensors["raw_loc"][i].flatten(), scale_tril=tril)
 
 
 def test_noise_has_the_shapes_it_says_and_follows_the_generator(spec):

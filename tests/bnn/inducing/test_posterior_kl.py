@@ -5,23 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bnn_cases import noise_for
-from torch import Tensor
+from bnn_cases import noise_for, q_of
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from bnn.inducing import posterior
 from bnn.inducing.kl import conditional_kl
 from bnn.inducing.posterior import FactorSpec
-from bnn.linalg import lower_triangular
 
 CPU = torch.device("cpu")
-
-
-def q_of(tensors: dict[str, Tensor], i: int = 0) -> MultivariateNormal:
-    """q(vec U), row-major, of a full Gaussian factor in its own units."""
-    unit = posterior.unit_of(tensors)[i]
-    tril = unit * lower_triangular(tensors["raw_tril"][i])
-    return MultivariateNormal(unit * tensors["raw_loc"][i].flatten(), scale_tril=tril)
 
 
 def test_kl_against_torch_distributions(make_tensors, generator):
