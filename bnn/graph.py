@@ -1,10 +1,26 @@
 """CUDA graphs of the sampler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def recording(*generators: torch.Generator) -> Iterator[None]:
+    """Around the recording of a CUDA graph: if it fails, give its random generators, and the GPU's own, new states.
+
+    A capture that could not end leaves the states marked as being captured, and no random number could be drawn from
+    them again in this process.
+    """
+    try:
+        yield
+    except RuntimeError:
+        for generator in (torch.cuda.default_generators[torch.cuda.current_device()], *generators):
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 class SamplerGraph:
@@ -33,7 +49,8 @@ class SamplerGraph:
                 return draw(stacks, filled, noise)
 
             static = (noise.clone(), *leaves)
-            self._graphs[len(noise)] = torch.cuda.make_graphed_callables(replayed, static, allow_unused_input=True)
+            with recording():
+                self._graphs[len(noise)] = torch.cuda.make_graphed_callables(replayed, static, allow_unused_input=True)
         self._own_gradients(leaves)
         return self._graphs[len(noise)](noise, *leaves)
 

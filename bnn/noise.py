@@ -19,7 +19,7 @@ class Noise(NamedTuple):
 
 
 class Antithetic:
-    """A source of randomness whose every second draw mirrors the one before it: e_1, -e_1, e_2, -e_2, ...
+    """A source of randomness whose draws have mirror images: e_1, ..., e_k, -e_1, ..., -e_k, and so on anew.
 
     Each draw has the same distribution as before, so averages over draws stay unbiased; what is odd in the noise
     cancels within a pair (Hammersley and Morton, 1956). Draws are handed out one by one, so a pair may be split over
@@ -27,19 +27,25 @@ class Antithetic:
 
     Args:
         generator: source of the first of each pair; the device's global one if None.
+        ahead: k, how many draws later the mirror image of a draw comes.
     """
 
-    def __init__(self, generator: torch.Generator | None) -> None:
+    def __init__(self, generator: torch.Generator | None, ahead: int = 1) -> None:
         self.generator = generator
-        self._mirrored: Tensor | None = None
+        self.ahead = ahead
+        self._mirrored: list[Tensor] = []
+        self._fresh = ahead
 
     def next(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The mirror image of the last draw, or a new draw (size,), in turn."""
-        if self._mirrored is not None:
-            drawn, self._mirrored = self._mirrored, None
-        else:
+        """A new draw (size,), or the mirror image of an earlier one."""
+        if self._fresh:
             drawn = draw_noise(size, device, self.generator, dtype)
-            self._mirrored = -drawn
+            self._mirrored.append(-drawn)
+            self._fresh -= 1
+            return drawn
+        drawn = self._mirrored.pop(0)
+        if not self._mirrored:
+            self._fresh = self.ahead
         return drawn
 
 

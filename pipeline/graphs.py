@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnn.graph import recording
 from bnn.objective import Loss
 from utils.data.batch import Batch
 from utils.llm.errors import lacks_memory
@@ -90,7 +91,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with recording(self._generator), torch.cuda.graph(graph, pool=self._pool):
                 loss = body(batch, *self._scalars)
         except RuntimeError as error:
             if lacks_memory(error):

@@ -26,7 +26,7 @@ class SGP(Method):
         flow_lr_factor: that of the flow's networks. Each of their outputs adds up a layer's width of weights, which
             Adam moves alike, so 1 / width keeps the flow as slow as what it transforms (Yang et al., *Tensor Programs
             V*, 2022, Table 3).
-        antithetic: predict with mirrored pairs of draws (``bnn.Antithetic``) instead of independent ones.
+        antithetic: predict, and train with an even number of draws, with mirrored pairs of them (``bnn.Antithetic``).
         cuda_graph: on a GPU, make the draws of training by CUDA graphs.
         posterior: arguments of ``SGPLoraConfig`` beyond LoRA's own.
 
@@ -58,7 +58,9 @@ class SGP(Method):
         return get_peft_model(model, SGPLoraConfig(**lora, **self.posterior))
 
     def sample(self, model: nn.Module, n: int, generator: Any) -> AbstractContextManager[LiveSample]:
-        """See ``bnn.sample``."""
+        """See ``bnn.sample``; with ``antithetic`` the second half of an even number of draws mirrors the first."""
+        if self.antithetic and n % 2 == 0 and not isinstance(generator, Antithetic):
+            generator = Antithetic(generator, ahead=n // 2)
         if self._trained is not None and self._trained[0] is model:
             return self._trained[1].draw(n, generator)
         return sample(model, n, generator)

@@ -123,12 +123,12 @@ def test_the_cached_mean_follows_the_stacks(make_adapted, ids):
     assert gap(logits_of(model, ids), before) > 1e-3
 
 
-def test_antithetic_draws_mirror_the_one_before_across_contexts(make_adapted):
+def test_antithetic_draws_mirror_earlier_ones_across_contexts(make_adapted):
     model = make_adapted()
     factor = active_factors(model)[0]
 
-    def draws(*sizes: int) -> Tensor:
-        source = bnn.Antithetic(seeded())
+    def draws(*sizes: int, ahead: int = 1) -> Tensor:
+        source = bnn.Antithetic(seeded(), ahead)
         found = []
         with torch.no_grad():
             for size in sizes:
@@ -142,3 +142,5 @@ def test_antithetic_draws_mirror_the_one_before_across_contexts(make_adapted):
         torch.testing.assert_close(W[2] + W[3], W[0] + W[1], rtol=0, atol=1e-6)
     assert gap(W[0], W[2]) > 1e-3
     torch.testing.assert_close(draws(1, 2, 1), W, rtol=0, atol=1e-7)
+    torch.testing.assert_close(draws(3, 1, ahead=2), W[[0, 2, 1, 3]], rtol=0, atol=1e-7)
+    torch.testing.assert_close(draws(8, ahead=2)[4:], draws(8)[[4, 6, 5, 7]], rtol=0, atol=1e-7)

@@ -74,3 +74,8 @@ def test_a_step_that_waits_for_the_device_is_refused_with_the_remedy(command, mo
     monkeypatch.setattr(training, "negative_elbo", waiting)
     with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph .*train\.graph_padding=null"):
         training.train(run)
+    later = prepare(compose(CONFIGS, command("device=cuda", "train.graph_padding=8", folder="later")))
+    for generator in (None, run.generator, later.generator):
+        assert torch.rand(4, device="cuda", generator=generator).std() > 0
+    monkeypatch.setattr(training, "negative_elbo", real)
+    training.train(later)

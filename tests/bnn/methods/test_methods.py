@@ -51,6 +51,21 @@ def test_sgp_groups_separate_scales_from_locations(make_llama):
     assert others["weight_decay"] == scales["weight_decay"] == 0.0
 
 
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_the_second_half_of_the_draws_of_a_step_mirrors_the_first(make_llama, antithetic):
+    method = SGP(5.0, 0.5, antithetic, True, {"inducing_rows": 5, "inducing_cols": 5})
+    model = method.adapt(make_llama(), LORA)
+    factor = active_factors(model)[0]
+
+    def gaps(n: int) -> list[float]:
+        with torch.no_grad(), method.sample(model, n, torch.Generator().manual_seed(0)):
+            odd = factor.weight.reshape(n, *factor.weight.shape[-2:]) - factor.mean_weight()
+        return [float((odd[i] + odd[i + n // 2]).abs().max() / odd.abs().max()) for i in range(n // 2)]
+
+    assert all((gap < 1e-4) == antithetic for gap in gaps(4))
+    assert gaps(3)[0] > 0.1
+
+
 def test_sgp_groups_separate_the_flow(make_llama):
     method = sgp(flow_depth=1, flow_hidden=8)
     model = method.adapt(make_llama(), LORA)
