@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dic
     """Test metrics of the points trained with each fresh seed; a run that has finished is read, not repeated.
 
     A run that fails is reported, and the other seeds stand for the point.
+
+    Raises:
+        RuntimeError: if one of the processes that share the runs dies.
     """
     place, seeds, at_once = Path(cfg.paths.output_dir) / "final", cfg.search.final_seeds, cfg.search.final_jobs
     folders = {p.number: [place / f"trial{p.number:04d}_seed{seed}" for seed in seeds] for p in points}
@@ -168,8 +172,14 @@ def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dic
     if at_once == 1:
         failures = [final(settings) for settings in missing]
     else:
-        with processes(at_once) as pool:
-            failures = list(pool.map(final, missing))
+        try:
+            with processes(at_once) as pool:
+                failures = list(pool.map(final, missing))
+        except BrokenExecutor as error:
+            raise RuntimeError(
+                "a worker process died, perhaps for want of memory, or found no room on its GPU: lower "
+                f"search.final_jobs={at_once}, and the same command goes on"
+            ) from error
     for settings, failure in zip(missing, failures, strict=True):
         if failure:
             logger.warning("[FINAL RUN] %s failed: %s", settings.paths.output_dir, failure)

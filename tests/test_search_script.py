@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import hydra
@@ -65,6 +67,16 @@ def failure(arguments: list[str]) -> str:
             ss.launch(ss.main)
     assert re.fullmatch("error: .*", stop.value.code), "one line"
     return stop.value.code
+
+
+def test_a_dead_worker_of_the_final_runs_is_one_line(tmp_path, monkeypatch):
+    class Broken(ThreadPoolExecutor):
+        def map(self, *_):
+            raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(ss, "processes", Broken)
+    extra = ("search.final_seeds=[5]", "search.final_jobs=2", f"paths.output_dir={tmp_path}")
+    assert "lower search.final_jobs=2, and the same command goes on" in failure([*FAST, *extra])
 
 
 def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
