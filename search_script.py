@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial
 
 from bnn.metrics import evaluate_predictions
 from pipeline import evaluation
-from pipeline.processes import processes
+from pipeline.processes import DEAD_WORKER, processes
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, execute, launch
@@ -176,10 +176,8 @@ def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dic
             with processes(at_once) as pool:
                 failures = list(pool.map(final, missing))
         except BrokenExecutor as error:
-            raise RuntimeError(
-                "a worker process died, perhaps for want of memory, or found no room on its GPU: lower "
-                f"search.final_jobs={at_once}, and the same command goes on"
-            ) from error
+            remedy = f"lower search.final_jobs={at_once}, and the same command goes on"
+            raise RuntimeError(f"{DEAD_WORKER}: {remedy}") from error
     for settings, failure in zip(missing, failures, strict=True):
         if failure:
             logger.warning("[FINAL RUN] %s failed: %s", settings.paths.output_dir, failure)

@@ -15,6 +15,7 @@ import torch
 import train_script
 from bnn.metrics import evaluate_predictions
 from pipeline.evaluation import fit, keep_best, logits_of
+from pipeline.processes import DEAD_WORKER
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
@@ -157,8 +158,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             _, index, _, job = turn
             error = future.exception()
             if isinstance(error, BrokenExecutor):
-                reason = "a worker process died, perhaps for want of memory, or found no room on its GPU"
-                print(f"{job.folder}: {reason}: use fewer jobs", flush=True)
+                print(f"{job.folder}: {DEAD_WORKER}: use fewer jobs", flush=True)
                 return False
             if isinstance(error, TooLittleMemoryError) and among > 1:
                 slots = min(slots, among - 1)

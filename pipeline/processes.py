@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+DEAD_WORKER = "a worker process died, perhaps for want of memory, or found no room on its GPU"
+"""What a broken executor means."""
+
 
 def processes(n: int) -> ProcessPoolExecutor:
     """``n`` worker processes, each with one GPU in turn if there are any, and its share of the processor.

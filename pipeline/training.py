@@ -99,7 +99,7 @@ def accumulate(
     """Backward over this process's micro-batches of a step, each under draws of its own; returns the step's mean loss.
 
     A micro-batch has ``train.n_mc`` copies, and each copy's rows are shared out among ``train.draws_per_batch`` draws,
-    or the largest divisor of their number that divides the rows: the gradients vary less then.
+    or the largest divisor of their number that divides the rows.
     The weights of all micro-batches sum to 1, so the KL counts once. The members of an ensemble share nothing: each has
     its own gradient, and the loss returned is the mean of theirs.
     """
