@@ -154,15 +154,16 @@ class Comparison(NamedTuple):
         folder = self.final_folder(task, method, setting, seed)
         return Job(folder, self.overrides(task, method, seed, setting, tuned_as, more), True)
 
-    def jobs_after(self, first: str, task: str, setting: Setting) -> list[Job]:
+    def jobs_after(self, first: str, task: str, setting: Setting, more: Sequence[str] = ()) -> list[Job]:
         """Methods that have the setting of the method ``first``; those of ``POST_HOC`` start from its adapters."""
         jobs = []
         for method, seed in itertools.product(POST_HOC.get(first, ()), SEEDS):
             adapter = self.final_folder(task, first, setting, seed) / "adapter"
             start = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
-            jobs.append(self.final_job(task, method, setting, seed, first, (*start, *POST_HOC_OWN.get(method, ()))))
+            own = (*more, *start, *POST_HOC_OWN.get(method, ()))
+            jobs.append(self.final_job(task, method, setting, seed, first, own))
         alike = itertools.product(AS.get(first, ()), SEEDS)
-        return [*jobs, *(self.final_job(task, method, setting, seed, first) for method, seed in alike)]
+        return [*jobs, *(self.final_job(task, method, setting, seed, first, more) for method, seed in alike)]
 
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""

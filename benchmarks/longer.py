@@ -1,0 +1,131 @@
+"""How methods bear being trained for longer than they were tuned for.
+
+    python -m benchmarks.longer benchmarks/results/comparison/tuning.json --epochs 20 --jobs 32 paths.data_dir=/data
+    python -m utils.report $(cat outputs/longer/by_acc.txt) --out outputs/longer/by_acc
+
+A comparison stops training where its tasks say (``TASKS``), and its search finds for every method the settings that do
+well up to there. Here each method keeps the settings that the search chose, by either rule, and goes on for more
+epochs; three seeds, test data, nothing chosen anew. Finished runs are skipped. ``by_<rule>.txt`` lists the runs.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.comparison import RATES, RULES, SEEDS, TASKS, TUNING_SEEDS, Comparison, Setting, check_common, chosen
+from benchmarks.workers import Chain, Job, is_finished, run_chains
+from pipeline.processes import processes
+from utils.run import write_text_atomic
+
+EPOCHS = "train.epochs"
+
+
+def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
+    """By method and rule the setting that a comparison's ``tuning.json`` has for a task.
+
+    Raises:
+        ValueError: if the file does not hold the task's search.
+    """
+    of = json.loads(path.read_text()).get(task, {})
+    found = {}
+    for method in RATES:
+        runs = {
+            setting: seeds
+            for setting, seeds in of.get(method, {}).items()
+            if seeds.keys() >= set(map(str, TUNING_SEEDS))
+        }
+        means = {
+            _parsed(setting): {name: statistics.mean(run[name] for run in seeds.values()) for name in ("acc", "nll")}
+            for setting, seeds in runs.items()
+        }
+        if not means:
+            raise ValueError(f"{path} has no finished search of {method} on {task}: run benchmarks.comparison first")
+        found[method] = chosen(means)
+    return found
+
+
+def _parsed(setting: str) -> Setting:
+    rate, _, own = setting.partition("_")
+    return Setting(float(rate), own or "default")
+
+
+def stages(comparison: Comparison, task: str, method: str, setting: Setting, epochs: int) -> Iterator[list[Job]]:
+    """The method with its setting, then what has or starts from that."""
+    more = (f"{EPOCHS}={epochs}",)
+    yield [comparison.final_job(task, method, setting, seed, more=more) for seed in SEEDS]
+    yield comparison.jobs_after(method, task, setting, more)
+
+
+def run(
+    comparison: Comparison, tuning: Path, tasks: Sequence[str], epochs: int, jobs: int, seconds: float = float("inf")
+) -> None:
+    """Train and test.
+
+    Args:
+        comparison: where runs are kept.
+        tuning: a comparison's ``tuning.json``.
+        tasks: names in ``TASKS``.
+        epochs: of every run.
+        jobs: runs at a time.
+        seconds: no run starts later than this.
+
+    Raises:
+        ValueError: before any run: if a search is missing, or the folder holds runs with other settings.
+        RuntimeError: if no run has finished.
+    """
+    check_common(comparison.common)
+    of = {(task, method): rules for task in tasks for method, rules in chosen_in(tuning, task).items()}
+    write_lists(comparison, of, epochs)  # refuses a folder of other settings before any run
+
+    def chain(task: str, method: str) -> Chain:
+        for setting in dict.fromkeys(of[task, method].values()):
+            for stage in stages(comparison, task, method, setting, epochs):
+                yield 0, stage
+
+    with processes(jobs) as pool:
+        complete = run_chains(pool, [chain(*each) for each in of], jobs, seconds)
+    if not write_lists(comparison, of, epochs):
+        raise RuntimeError("no run has finished: see the lines above")
+    if not complete:
+        print("not complete: the same command goes on")
+
+
+def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], epochs: int) -> int:
+    """By rule the finished runs; returns how many there are."""
+    count = 0
+    for rule in RULES:
+        made = [
+            job.folder
+            for (task, method), rules in of.items()
+            for stage in stages(comparison, task, method, rules[rule], epochs)
+            for job in stage
+            if is_finished(job)
+        ]
+        write_text_atomic(comparison.out / f"by_{rule}.txt", "".join(f"{folder}\n" for folder in made))
+        count += len(made)
+    return count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tuning", type=Path, help="a comparison's tuning.json")
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--out", type=Path, default=Path("outputs/longer"))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2_500", "arc_e_500", "obqa_500"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
+    arguments = parser.parse_args(argv)
+    try:
+        comparison = Comparison(arguments.out.resolve(), arguments.overrides)
+        run(comparison, arguments.tuning, arguments.tasks, arguments.epochs, arguments.jobs, arguments.seconds)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
