@@ -1,0 +1,124 @@
+"""What further training does to every method: the results of a comparison beside those of ``benchmarks.longer``.
+
+    python -m benchmarks.longer_report benchmarks/results/comparison/by_acc/results.csv \
+        benchmarks/results/longer/by_acc/results.csv --out benchmarks/results/longer/by_acc
+
+Both files are written by ``python -m utils.report``. Writes longer.md (ACC, NLL and ECE before and after) and
+longer.png (NLL and ECE, a column per task).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from utils.plots import COLOURS, STYLE, TITLES, line_look, save_figure
+from utils.report_rows import ZERO_SHOT, Row, read_csv
+from utils.report_tables import columns, values
+from utils.run import write_text_atomic
+
+FOREMOST = "sgp"
+"""The method drawn above the others."""
+LOOK = {"color": "black", "marker": "s", "linewidth": 3.0}
+"""And how."""
+DRAWN = ("nll", "ece")
+Ends = dict[str, tuple[list[Row], list[Row]]]
+"""By method its rows before and after, one per seed."""
+
+
+def read(before: Path, after: Path) -> dict[str, Ends]:
+    """By task the methods that both files have, with at least two seeds of each.
+
+    Raises:
+        ValueError: if the later file is of several models, or nothing is in both.
+    """
+    later = read_csv(after)
+    if len(models := {row.model for row in later}) > 1:
+        raise ValueError(f"{after} is of several models ({', '.join(sorted(models))}): report one at a time")
+    model = models.pop()
+    first, last = columns(read_csv(before), model, "test"), columns(later, model, "test")
+    tasks = {
+        task: {
+            name: (first[task][name], rows)
+            for name, rows in of.items()
+            if name in first[task] and name != ZERO_SHOT and min(len(rows), len(first[task][name])) > 1
+        }
+        for task, of in last.items()
+        if task in first
+    }
+    if not any(tasks.values()):
+        raise ValueError(f"{before} and {after} have no method of one task in common: name reports of the same tasks")
+    return {task: of for task, of in tasks.items() if of}
+
+
+def steps(of: Ends) -> tuple[int, int]:
+    """Optimiser steps before and after: the most of any method, since what starts from an adapter takes none."""
+    before, after = (max(row.steps for ends in of.values() for row in ends[when]) for when in (0, 1))
+    return before, after
+
+
+def markdown(tasks: dict[str, Ends]) -> str:
+    """NLL in nats; ACC and ECE in per cent; means over seeds, before and after."""
+    head = ["task (steps)", "method", "seeds", "ACC %", "NLL", "ECE %"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for task, of in tasks.items():
+        begun, ended = steps(of)
+        for name, ends in of.items():
+            cells = []
+            for metric in ("acc", "nll", "ece"):
+                factor, digits = (1, 3) if metric == "nll" else (100, 1)
+                cells.append(" → ".join(f"{factor * fmean(values(rows, metric)):.{digits}f}" for rows in ends))
+            seeds = " → ".join(dict.fromkeys(str(len(rows)) for rows in ends))
+            lines.append("| " + " | ".join([f"{task} ({begun} → {ended})", name, seeds, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def look_of(index: int) -> dict[str, Any]:
+    """As ``line_look``, without black, which is the foremost method's; dashed where a colour comes again."""
+    cycle, place = divmod(index, len(COLOURS) - 1)
+    return {**line_look(cycle * len(COLOURS) + place), "linestyle": ("-", "--")[cycle % 2]}
+
+
+def draw(tasks: dict[str, Ends], path: Path) -> Path:
+    """A column per task, a row per metric; methods that take no steps of their own are left out."""
+    trained = {name for of in tasks.values() for name, (_, after) in of.items() if after[0].steps}
+    names = sorted(trained, key=lambda name: (name == FOREMOST, name))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 2.8 * len(DRAWN)), layout="constrained")
+        grid = figure.subplots(len(DRAWN), len(tasks), squeeze=False, sharex="col")
+        for line, metric in zip(grid, DRAWN, strict=True):
+            for ax, (task, of) in zip(line, tasks.items(), strict=True):
+                for index, name in enumerate(names):
+                    if name in of:
+                        look = LOOK if name == FOREMOST else look_of(index)
+                        ax.plot(steps(of), [fmean(values(rows, metric)) for rows in of[name]], label=name, **look)
+                ax.set_xticks(steps(of))
+                ax.set_title(task if metric == DRAWN[0] else "")
+            line[0].set_ylabel(TITLES[metric])
+        for ax in grid[-1]:
+            ax.set_xlabel("optimiser steps")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
+        return save_figure(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="results.csv of the comparison")
+    parser.add_argument("after", type=Path, help="results.csv of benchmarks.longer")
+    parser.add_argument("--out", type=Path, default=Path())
+    arguments = parser.parse_args(argv)
+    try:
+        tasks = read(arguments.before, arguments.after)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    write_text_atomic(arguments.out / "longer.md", markdown(tasks))
+    draw(tasks, arguments.out / "longer.png")
+
+
+if __name__ == "__main__":
+    main()
