@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # the first positional comes before the options, the others after
     try:
         comparison = Comparison(arguments.out.resolve(), arguments.overrides)
         run(comparison, arguments.tuning, arguments.tasks, arguments.epochs, arguments.jobs, arguments.seconds)

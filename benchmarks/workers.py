@@ -4,7 +4,9 @@ import gc
 import heapq
 import itertools
 import json
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
@@ -29,6 +31,8 @@ SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
 MOVED = ("paths.", "train.init_adapter")
 """Keys that differ once a comparison's folder, or its data, has been moved."""
+PAUSE = 5.0
+"""Seconds that a worker without a GPU waits before it hands a run back."""
 
 
 class Job(NamedTuple):
@@ -87,18 +91,47 @@ def execute(job: Job) -> None:
     write_json_atomic(job.folder / TUNED, {"step": step, **evaluate_predictions(logits, answer)})
 
 
+class LostDeviceError(RuntimeError):
+    """The GPU of a worker answers no more: a CUDA error ends all that its process does there, whatever the run.
+
+    Args:
+        message: what CUDA said.
+        worker: the process.
+    """
+
+    def __init__(self, message: str, worker: int) -> None:
+        super().__init__(message, worker)
+        self.message, self.worker = message, worker
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def work(job: Job) -> str | None:
     """``execute``; returns how the run diverged, if it did: that is what its settings lead to.
 
     Raises:
         TooLittleMemoryError: if there was too little memory, which says nothing about the settings.
+        LostDeviceError: after a pause, so that workers whose GPU answers take the next runs before this one does.
         RuntimeError: for what else went wrong, which says as little.
     """
+    try:
+        return _attempt(job)
+    except torch.AcceleratorError as error:
+        said = str(error).partition("\n")[0]
+    time.sleep(PAUSE)
+    raise LostDeviceError(said, os.getpid())
+
+
+def _attempt(job: Job) -> str | None:
+    """``work``, but for a GPU that answers no more: torch.AcceleratorError."""
     try:
         execute(job)
     except DIVERGED as error:
         return one_line(error, CONFIGS)
     except Exception as error:
+        if isinstance(error, torch.AcceleratorError) and not lacks_memory(error):
+            raise
         kind = TooLittleMemoryError if lacks_memory(error) else RuntimeError
         is_known = kind is TooLittleMemoryError or isinstance(error, train_script.USER_ERRORS)
         failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
@@ -116,7 +149,8 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
 
     A run that found too little memory beside others is made again later, and from then on one run fewer goes at a time
     than went then. One that failed for that reason alone, or for another that is not its settings', stops its chain:
-    what follows must not hang on a choice without it.
+    what follows must not hang on a choice without it. A worker whose GPU answers no more is counted out, and its run
+    made again; a run that costs a second worker has failed, and without workers the work ends.
 
     Args:
         pool: where runs are made.
@@ -135,6 +169,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     left = [0] * len(chains)
     complete = True
     running: dict[Future[str | None], tuple[int, int, int, Job]] = {}
+    workers, lost, cost = slots, set[int](), Counter[Path]()
 
     def advance(index: int) -> None:
         while not left[index]:
@@ -148,7 +183,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
 
     for index in range(len(chains)):
         advance(index)
-    while running or (waiting and time.monotonic() < end):
+    while running or (waiting and slots and time.monotonic() < end):
         while waiting and len(running) < slots and time.monotonic() < end:
             turn = heapq.heappop(waiting)
             running[pool.submit(work, turn[-1])] = turn
@@ -165,6 +200,15 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
                 heapq.heappush(waiting, turn)
                 print(f"{job.folder} {error}; again later, {slots} runs at a time from now on", flush=True)
                 continue
+            if isinstance(error, LostDeviceError):
+                cost[job.folder] += error.worker not in lost
+                lost.add(error.worker)
+                remaining = workers - len(lost)
+                slots = min(slots, remaining)
+                if cost[job.folder] < 2:
+                    heapq.heappush(waiting, turn)
+                    print(f"{job.folder} {error}; again later, {remaining} workers have a GPU that answers", flush=True)
+                    continue
             result = error or future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)
             if error:

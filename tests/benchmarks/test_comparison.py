@@ -1,7 +1,9 @@
 """The comparison's search, its selections, and the whole of it on a random model."""
 
+import itertools
 import json
 import os
+import pickle
 from concurrent.futures import Executor, Future
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from benchmarks import comparison, workers
 from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen, finalists
-from benchmarks.workers import Job, run_chains
+from benchmarks.workers import Job, LostDeviceError, run_chains
 from pipeline.processes import processes
 from pipeline.run import CONFIGS
 from utils.llm.errors import TooLittleMemoryError
@@ -134,6 +136,61 @@ def test_other_failures_are_none(tmp_path, monkeypatch, error):
     with pytest.raises(RuntimeError, match=r"No space left|refused|gone") as failed:
         workers.work(Job(tmp_path, (), True))
     assert not isinstance(failed.value, TooLittleMemoryError)
+
+
+@pytest.mark.parametrize("when", ["in the run", "after it"])
+def test_a_gpu_that_answers_no_more_is_told_from_failures(tmp_path, monkeypatch, when):
+    gone = torch.AcceleratorError("CUDA error: device(s) is/are busy or unavailable\nSearch for it")
+
+    def raises(*_):
+        raise gone
+
+    fail_with(gone if when == "in the run" else RuntimeError("out of memory"), monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: when == "after it")
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    monkeypatch.setattr(workers, "PAUSE", 0.0)
+    with pytest.raises(LostDeviceError) as failed:
+        workers.work(Job(tmp_path, (), True))
+    assert failed.value.worker == os.getpid()
+    assert str(failed.value) == "CUDA error: device(s) is/are busy or unavailable"
+    assert pickle.loads(pickle.dumps(failed.value)).worker == os.getpid(), "it comes from another process"
+
+
+class Losing(Executor):
+    """Two workers, 0 and 1, that take runs in turn; some lose a worker, whose later runs all fail."""
+
+    def __init__(self, *fatal: str) -> None:
+        self.fatal, self.lost, self.turn = fatal, set[int](), itertools.cycle((0, 1))
+
+    def submit(self, function, /, job, **_):
+        future: Future = Future()
+        worker = next(self.turn)
+        if job.folder.name in self.fatal:
+            self.lost.add(worker)
+        if worker in self.lost:
+            future.set_exception(LostDeviceError("CUDA error: gone", worker))
+        else:
+            job.folder.mkdir()
+            (job.folder / "reliability.json").touch()
+            future.set_result(None)
+        return future
+
+
+def test_runs_of_a_lost_worker_are_made_by_the_others(tmp_path, capsys):
+    pool = Losing()
+    pool.lost.add(1)
+    chains = [iter([(0, jobs(tmp_path, "a1", "a2")), (0, jobs(tmp_path, "a3"))])]
+    assert run_chains(pool, chains, slots=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"a1", "a2", "a3"}
+    assert "a2 CUDA error: gone; again later, 1 workers have a GPU that answers" in capsys.readouterr().out
+
+
+def test_a_run_that_costs_two_workers_has_failed_and_without_workers_the_work_ends(tmp_path, capsys):
+    assert not run_chains(Losing("a1"), [iter([(0, jobs(tmp_path, "a1", "a2"))])], slots=2)
+    out = capsys.readouterr().out
+    assert "a1 CUDA error: gone; again later, 1 workers" in out
+    assert "waiting] " + str(tmp_path / "a1") + " CUDA error: gone" in out
+    assert not run_chains(Losing("b1"), [iter([(0, jobs(tmp_path, "b1"))])], slots=1), "not for ever with no worker"
 
 
 class Together(Executor):

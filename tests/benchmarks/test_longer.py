@@ -1,0 +1,111 @@
+"""Training on with the settings that a search found, and the table and figure of what that does."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import longer, longer_report
+from benchmarks.comparison import RATES, SEEDS, Comparison, Setting
+from utils.report_rows import Row, write_csv
+
+ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0.05, 0.2, None, None)
+
+
+@pytest.fixture
+def tuning(tmp_path):
+    def runs(acc, nll, seeds=(100, 101, 102)):
+        return {str(seed): {"acc": acc + 0.01 * (seed - 101), "nll": nll, "ece": 0.1} for seed in seeds}
+
+    of = {"0.001": runs(0.8, 0.3), "0.002_own": runs(0.9, 0.5), "0.004": runs(0.99, 0.1, seeds=(100,)), "0.008": {}}
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({"sst2_500": dict.fromkeys(RATES, of), "cola": {"mle": of}}))
+    return path
+
+
+def test_the_choice_is_the_searchs_among_what_all_seeds_have(tuning):
+    found = longer.chosen_in(tuning, "sst2_500")
+    assert found.keys() == RATES.keys()
+    assert all(rules == {"nll": Setting(0.001), "acc": Setting(0.002, "own")} for rules in found.values())
+    for task in ("cola", "obqa_500"):
+        with pytest.raises(
+            ValueError, match=f"has no finished search of .* on {task}: run benchmarks.comparison first"
+        ):
+            longer.chosen_in(tuning, task)
+
+
+def test_every_run_trains_for_the_epochs_but_those_from_an_adapter(tmp_path):
+    first, after = longer.stages(Comparison(tmp_path, ["dtype=float32"]), "sst2_500", "mle", Setting(0.001), 20)
+    for job in (*first, *after):
+        epochs = [override for override in job.overrides if override.startswith("train.epochs=")]
+        started = any(override.startswith("train.init_adapter=") for override in job.overrides)
+        assert epochs[1:] == (["train.epochs=20", "train.epochs=0"] if started else ["train.epochs=20"])
+        assert job.overrides[-1] == "dtype=float32"
+    assert len(first) == len(SEEDS)
+    assert {job.folder.parts[-3] for job in after} >= {"ensemble", "temperature", "laplace"}
+
+
+def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monkeypatch):
+    made = []
+
+    def run_chains(pool, chains, jobs, seconds):
+        for chain in chains:
+            for _, stage in chain:
+                for job in stage:
+                    made.append(job.folder)
+                    if "/mle/" in str(job.folder):
+                        job.folder.mkdir(parents=True)
+                        (job.folder / "reliability.json").touch()
+        return False
+
+    monkeypatch.setattr(longer, "run_chains", run_chains)
+    out = tmp_path / "out"
+    command = [str(tuning), "--epochs", "2", "--tasks", "sst2_500", "--out", str(out), "--seconds", "1"]
+    longer.main(command)
+    assert len(made) == len(set(made)), "each run once, also where both rules agree"
+    for rule, setting in (("nll", "0.001"), ("acc", "0.002_own")):
+        folders = (out / f"by_{rule}.txt").read_text().split()
+        assert folders == [str(out / "final" / "sst2_500" / "mle" / setting / f"seed{seed}") for seed in SEEDS]
+    monkeypatch.setattr(longer, "run_chains", lambda *_: True)
+    with pytest.raises(SystemExit, match="error: no run has finished"):
+        longer.main([*command[:-3], str(tmp_path / "empty"), "dtype=float32"])
+    with pytest.raises(SystemExit, match="error: seed differs from run to run here"):
+        longer.main([*command, "seed=1"])
+
+
+@pytest.fixture
+def reports(tmp_path):
+    def rows(steps, nll, **of):
+        return [
+            dataclasses.replace(
+                ROW, method=method, seed=seed, steps=0 if method == "tfb" else steps, nll=nll + seed / 10
+            )
+            for method, seeds in of.items()
+            for seed in range(seeds)
+        ]
+
+    write_csv(tmp_path / "before.csv", [*rows(160, 0.2, mle=3, sgp=3, tfb=2, map=1), *rows(160, 0.1, zero_shot=2)])
+    write_csv(tmp_path / "after.csv", [*rows(640, 0.5, mle=2, sgp=3, tfb=2, map=2), *rows(640, 0.1, zero_shot=2)])
+    return str(tmp_path / "before.csv"), str(tmp_path / "after.csv")
+
+
+def test_table_and_figure(reports, tmp_path):
+    longer_report.main([*reports, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "longer.md").read_text().splitlines()[2:] == [
+        "| sst2 (500) (160 → 640) | mle | 3 → 2 | 90.0 → 90.0 | 0.300 → 0.550 | 5.0 → 5.0 |",
+        "| sst2 (500) (160 → 640) | sgp | 3 | 90.0 → 90.0 | 0.300 → 0.600 | 5.0 → 5.0 |",
+        "| sst2 (500) (160 → 640) | tfb | 2 | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
+    ], "neither the base model nor a method with a single seed"
+    assert (tmp_path / "out" / "longer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_that_do_not_belong_together(reports, tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    write_csv(other, [dataclasses.replace(ROW, task="cola", seed=seed) for seed in (0, 1)])
+    with pytest.raises(SystemExit):
+        longer_report.main([reports[0], str(other)])
+    assert "have no method of one task in common" in capsys.readouterr().err
+    write_csv(other, [ROW, dataclasses.replace(ROW, model="n")])
+    with pytest.raises(SystemExit):
+        longer_report.main([reports[0], str(other)])
+    assert "is of several models (m, n): report one at a time" in capsys.readouterr().err
