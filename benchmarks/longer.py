@@ -15,7 +15,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.comparison import RATES, RULES, SEEDS, TASKS, TUNING_SEEDS, Comparison, Setting, check_common, chosen
+from benchmarks.comparison import (
+    OWN,
+    RATES,
+    RULES,
+    SEEDS,
+    TASKS,
+    TUNING_SEEDS,
+    Comparison,
+    Setting,
+    check_common,
+    chosen,
+)
 from benchmarks.workers import Chain, Job, is_finished, run_chains
 from pipeline.processes import processes
 from utils.run import write_text_atomic
@@ -27,7 +38,7 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
     """By method and rule the setting that a comparison's ``tuning.json`` has for a task.
 
     Raises:
-        ValueError: if the file does not hold the task's search.
+        ValueError: if the file does not hold the task's search, or one with values that `OWN` no longer has.
     """
     of = json.loads(path.read_text()).get(task, {})
     found = {}
@@ -38,7 +49,9 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
             if seeds.keys() >= set(map(str, TUNING_SEEDS))
         }
         means = {
-            _parsed(setting): {name: statistics.mean(run[name] for run in seeds.values()) for name in ("acc", "nll")}
+            _parsed(method, setting): {
+                name: statistics.mean(run[name] for run in seeds.values()) for name in ("acc", "nll")
+            }
             for setting, seeds in runs.items()
         }
         if not means:
@@ -47,8 +60,10 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
     return found
 
 
-def _parsed(setting: str) -> Setting:
+def _parsed(method: str, setting: str) -> Setting:
     rate, _, own = setting.partition("_")
+    if own and own not in OWN[method]:
+        raise ValueError(f"{method} has no setting {own} any more, which the search tried: search anew")
     return Setting(float(rate), own or "default")
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of the sampler."""
+"""CUDA graphs: those of the sampler, and what any recording needs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -13,7 +13,9 @@ ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0
 
 
 @pytest.fixture
-def tuning(tmp_path):
+def tuning(tmp_path, monkeypatch):
+    monkeypatch.setattr(longer, "OWN", {method: {"own": ()} for method in RATES})
+
     def runs(acc, nll, seeds=(100, 101, 102)):
         return {str(seed): {"acc": acc + 0.01 * (seed - 101), "nll": nll, "ece": 0.1} for seed in seeds}
 
@@ -32,6 +34,12 @@ def test_the_choice_is_the_searchs_among_what_all_seeds_have(tuning):
             ValueError, match=f"has no finished search of .* on {task}: run benchmarks.comparison first"
         ):
             longer.chosen_in(tuning, task)
+
+
+def test_a_setting_that_is_no_more_is_not_taken_for_the_default(tuning, monkeypatch):
+    monkeypatch.setattr(longer, "OWN", {method: {"other": ()} for method in RATES})
+    with pytest.raises(ValueError, match="mle has no setting own any more"):
+        longer.chosen_in(tuning, "sst2_500")
 
 
 def test_every_run_trains_for_the_epochs_but_those_from_an_adapter(tmp_path):
