@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, tuned
+from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable, tuned
 from pipeline.processes import processes
 from utils.run import write_json_atomic, write_text_atomic
 
@@ -103,7 +103,7 @@ POST_HOC_OWN = dict.fromkeys(
     ("laplace", "laplace_last"), ("eval.batch_size=16", "method.factory.precision_by=validation")
 )
 """What a method has of its own: small batches, since every example has a Jacobian; a choice by validation data too."""
-VARIED = ("seed", "method", "opt.lr", "dset", "paths.output_dir")
+VARIED = ("seed", "method", "opt.lr", "dset", "paths.output_dir", "train.init_adapter")
 """Keys that differ from run to run, so no override of all runs may set them."""
 COMMON = (
     *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
@@ -160,8 +160,8 @@ class Comparison(NamedTuple):
         for method, seed in itertools.product(POST_HOC.get(first, ()), SEEDS):
             adapter = self.final_folder(task, first, setting, seed) / "adapter"
             start = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
-            own = (*more, *start, *POST_HOC_OWN.get(method, ()))
-            jobs.append(self.final_job(task, method, setting, seed, first, own))
+            job = self.final_job(task, method, setting, seed, first, (*more, *POST_HOC_OWN.get(method, ())))
+            jobs.append(job._replace(overrides=(*job.overrides, *start)))
         alike = itertools.product(AS.get(first, ()), SEEDS)
         return [*jobs, *(self.final_job(task, method, setting, seed, first, more) for method, seed in alike)]
 
@@ -210,7 +210,7 @@ class Comparison(NamedTuple):
         for priority, setting in enumerate(chosen(self.found(task, method, tried, TUNING_SEEDS)).values()):
             yield priority, [self.final_job(task, method, setting, seed) for seed in SEEDS]
             base = [self.zero_shot_job(task)] if method == "mle" else []
-            yield priority, [*base, *self.jobs_after(method, task, setting)]
+            yield priority, [*base, *startable(self.jobs_after(method, task, setting))]
 
     def settings(self, task: str, method: str) -> list[Setting]:
         """What the search has come to so far."""

@@ -27,7 +27,7 @@ from benchmarks.comparison import (
     check_common,
     chosen,
 )
-from benchmarks.workers import Chain, Job, is_finished, run_chains
+from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable
 from pipeline.processes import processes
 from utils.run import write_text_atomic
 
@@ -88,20 +88,30 @@ def run(
         seconds: no run starts later than this.
 
     Raises:
-        ValueError: before any run: if a search is missing, or the folder holds runs with other settings.
+        ValueError: before any run: for an override of what is compared, if a search is missing, or the folder holds
+            runs with other settings.
         RuntimeError: if no run has finished.
     """
     check_common(comparison.common)
-    of = {(task, method): rules for task in tasks for method, rules in chosen_in(tuning, task).items()}
+    if EPOCHS in by_key(comparison.common):
+        raise ValueError(f"{EPOCHS} is what --epochs says here: leave it out")
+    if epochs < 1:
+        raise ValueError(f"--epochs {epochs} trains nothing: take 1 or more")
+    begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
+    of = {
+        (task, method): rules
+        for task in {**dict.fromkeys(tasks), **dict.fromkeys(begun)}
+        for method, rules in chosen_in(tuning, task).items()
+    }
     write_lists(comparison, of, epochs)  # refuses a folder of other settings before any run
 
-    def chain(task: str, method: str) -> Chain:
-        for setting in dict.fromkeys(of[task, method].values()):
-            for stage in stages(comparison, task, method, setting, epochs):
-                yield 0, stage
+    def chain(task: str, method: str, setting: Setting) -> Chain:
+        for stage in stages(comparison, task, method, setting, epochs):
+            yield 0, startable(stage)
 
+    asked = {(*key, setting): None for key, rules in of.items() if key[0] in tasks for setting in rules.values()}
     with processes(jobs) as pool:
-        complete = run_chains(pool, [chain(*each) for each in of], jobs, seconds)
+        complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
     if not write_lists(comparison, of, epochs):
         raise RuntimeError("no run has finished: see the lines above")
     if not complete:
@@ -109,7 +119,7 @@ def run(
 
 
 def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], epochs: int) -> int:
-    """By rule the finished runs; returns how many there are."""
+    """By rule the finished runs of all tasks begun; returns how many there are."""
     count = 0
     for rule in RULES:
         made = [

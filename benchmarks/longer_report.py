@@ -31,7 +31,7 @@ Ends = dict[str, tuple[list[Row], list[Row]]]
 
 
 def read(before: Path, after: Path) -> dict[str, Ends]:
-    """By task the methods that both files have, with at least two seeds of each.
+    """By task the methods that both files have, with the seeds that both have, if at least two.
 
     Raises:
         ValueError: if the later file is of several models, or nothing is in both.
@@ -41,18 +41,25 @@ def read(before: Path, after: Path) -> dict[str, Ends]:
         raise ValueError(f"{after} is of several models ({', '.join(sorted(models))}): report one at a time")
     model = models.pop()
     first, last = columns(read_csv(before), model, "test"), columns(later, model, "test")
-    tasks = {
-        task: {
-            name: (first[task][name], rows)
-            for name, rows in of.items()
-            if name in first[task] and name != ZERO_SHOT and min(len(rows), len(first[task][name])) > 1
-        }
-        for task, of in last.items()
-        if task in first
-    }
-    if not any(tasks.values()):
-        raise ValueError(f"{before} and {after} have no method of one task in common: name reports of the same tasks")
-    return {task: of for task, of in tasks.items() if of}
+    tasks: dict[str, Ends] = {}
+    for task, of in last.items():
+        for name in [name for name in of if name != ZERO_SHOT]:
+            begun, ended = (
+                {row.seed: row for row in found.get(name, []) if is_known(row)} for found in (first.get(task, {}), of)
+            )
+            seeds = sorted(begun.keys() & ended.keys())
+            if len(seeds) > 1:
+                tasks.setdefault(task, {})[name] = ([begun[seed] for seed in seeds], [ended[seed] for seed in seeds])
+    if not tasks:
+        raise ValueError(
+            f"{before} and {after} share no task and method of {model} with two seeds: name reports that do"
+        )
+    return tasks
+
+
+def is_known(row: Row) -> bool:
+    """Whether a row has all that is shown."""
+    return None not in (row.acc, row.nll, row.ece)
 
 
 def steps(of: Ends) -> tuple[int, int]:
@@ -72,8 +79,7 @@ def markdown(tasks: dict[str, Ends]) -> str:
             for metric in ("acc", "nll", "ece"):
                 factor, digits = (1, 3) if metric == "nll" else (100, 1)
                 cells.append(" → ".join(f"{factor * fmean(values(rows, metric)):.{digits}f}" for rows in ends))
-            seeds = " → ".join(dict.fromkeys(str(len(rows)) for rows in ends))
-            lines.append("| " + " | ".join([f"{task} ({begun} → {ended})", name, seeds, *cells]) + " |")
+            lines.append("| " + " | ".join([f"{task} ({begun} → {ended})", name, str(len(ends[0])), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +107,8 @@ def draw(tasks: dict[str, Ends], path: Path) -> Path:
             line[0].set_ylabel(TITLES[metric])
         for ax in grid[-1]:
             ax.set_xlabel("optimiser steps")
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
+        lines = {line.get_label(): line for ax in grid[0] for line in ax.get_lines()}
+        figure.legend([lines[name] for name in names], names, loc="outside right center")
         return save_figure(figure, path)
 
 

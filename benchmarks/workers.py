@@ -1,5 +1,6 @@
 """Chains of runs, many at once, in which the results of one stage decide on the next."""
 
+import contextlib
 import gc
 import heapq
 import itertools
@@ -65,6 +66,12 @@ def is_finished(job: Job) -> bool:
     return True
 
 
+def startable(jobs: Sequence[Job]) -> list[Job]:
+    """Without those that start from the adapter of a run that has none: it diverged."""
+    starts = {job: by_key(job.overrides).get("train.init_adapter") for job in jobs}
+    return [job for job, start in starts.items() if start is None or Path(start).is_dir()]
+
+
 def by_key(overrides: Sequence[str]) -> dict[str, str]:
     """The last value of every key, whatever Hydra's prefix or package."""
     return {key_of(override): override.partition("=")[2] for override in overrides}
@@ -92,10 +99,10 @@ def execute(job: Job) -> None:
 
 
 class LostDeviceError(RuntimeError):
-    """The GPU of a worker answers no more: a CUDA error ends all that its process does there, whatever the run.
+    """The GPU of a worker answers no more, whatever the run.
 
     Args:
-        message: what CUDA said.
+        message: what went wrong.
         worker: the process.
     """
 
@@ -115,23 +122,12 @@ def work(job: Job) -> str | None:
         LostDeviceError: after a pause, so that workers whose GPU answers take the next runs before this one does.
         RuntimeError: for what else went wrong, which says as little.
     """
-    try:
-        return _attempt(job)
-    except torch.AcceleratorError as error:
-        said = str(error).partition("\n")[0]
-    time.sleep(PAUSE)
-    raise LostDeviceError(said, os.getpid())
-
-
-def _attempt(job: Job) -> str | None:
-    """``work``, but for a GPU that answers no more: torch.AcceleratorError."""
+    _check_device("it answers no more")
     try:
         execute(job)
     except DIVERGED as error:
         return one_line(error, CONFIGS)
     except Exception as error:
-        if isinstance(error, torch.AcceleratorError) and not lacks_memory(error):
-            raise
         kind = TooLittleMemoryError if lacks_memory(error) else RuntimeError
         is_known = kind is TooLittleMemoryError or isinstance(error, train_script.USER_ERRORS)
         failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
@@ -140,8 +136,24 @@ def _attempt(job: Job) -> str | None:
     finally:
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(torch.AcceleratorError):
+                torch.cuda.empty_cache()
+    _check_device(failure)
     raise kind(failure)  # without its cause, which need not survive the way to another process
+
+
+def _check_device(failure: str) -> None:
+    """Raise LostDeviceError where a GPU does nothing more for this process: some CUDA errors end all its work there."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        pass
+    else:
+        return
+    time.sleep(PAUSE)
+    raise LostDeviceError(failure.partition("\n")[0], os.getpid())
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
@@ -149,8 +161,9 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
 
     A run that found too little memory beside others is made again later, and from then on one run fewer goes at a time
     than went then. One that failed for that reason alone, or for another that is not its settings', stops its chain:
-    what follows must not hang on a choice without it. A worker whose GPU answers no more is counted out, and its run
-    made again; a run that costs a second worker has failed, and without workers the work ends.
+    what follows must not hang on a choice without it. A worker whose GPU answers no more hands its run back, and from
+    then on one run fewer goes at a time; a run that is there when a second worker is lost has failed, and without
+    workers the work ends.
 
     Args:
         pool: where runs are made.
@@ -207,7 +220,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
                 slots = min(slots, remaining)
                 if cost[job.folder] < 2:
                     heapq.heappush(waiting, turn)
-                    print(f"{job.folder} {error}; again later, {remaining} workers have a GPU that answers", flush=True)
+                    print(f"{job.folder} {error}; the GPU still answers {remaining} of {workers} workers", flush=True)
                     continue
             result = error or future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)

@@ -138,22 +138,50 @@ def test_other_failures_are_none(tmp_path, monkeypatch, error):
     assert not isinstance(failed.value, TooLittleMemoryError)
 
 
-@pytest.mark.parametrize("when", ["in the run", "after it"])
-def test_a_gpu_that_answers_no_more_is_told_from_failures(tmp_path, monkeypatch, when):
-    gone = torch.AcceleratorError("CUDA error: device(s) is/are busy or unavailable\nSearch for it")
+@pytest.fixture
+def gpu(monkeypatch) -> list[bool]:
+    """A GPU; whether it answers, from now on and after each run in turn."""
+    answers: list[bool] = []
 
-    def raises(*_):
-        raise gone
+    def synchronize() -> None:
+        if not answers.pop(0):
+            raise torch.AcceleratorError("CUDA error: device(s) is/are busy or unavailable\nSearch for it")
 
-    fail_with(gone if when == "in the run" else RuntimeError("out of memory"), monkeypatch)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: when == "after it")
-    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(workers, "PAUSE", 0.0)
-    with pytest.raises(LostDeviceError) as failed:
+    return answers
+
+
+def test_a_gpu_that_answers_no_more_is_told_from_failures(tmp_path, monkeypatch, gpu):
+    fail_with(torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it"), monkeypatch)
+    gpu += [True, False]
+    with pytest.raises(LostDeviceError, match="CUDA error: unspecified launch failure") as failed:
         workers.work(Job(tmp_path, (), True))
     assert failed.value.worker == os.getpid()
-    assert str(failed.value) == "CUDA error: device(s) is/are busy or unavailable"
     assert pickle.loads(pickle.dumps(failed.value)).worker == os.getpid(), "it comes from another process"
+    gpu += [True, True]
+    with pytest.raises(RuntimeError, match="unspecified launch failure") as failed:
+        workers.work(Job(tmp_path, (), True))
+    assert not isinstance(failed.value, LostDeviceError), "the next run finds the GPU as it was"
+
+
+def test_a_worker_without_its_gpu_begins_no_run(tmp_path, monkeypatch, gpu):
+    monkeypatch.setattr(workers, "execute", lambda job: pytest.fail("it began"))
+    gpu += [False]
+    with pytest.raises(LostDeviceError, match="it answers no more"):
+        workers.work(Job(tmp_path, (), True))
+
+
+def test_what_has_no_adapter_to_start_from_is_left_out(tmp_path):
+    made = Comparison(tmp_path)
+    jobs = made.jobs_after("mle", "sst2_100", Setting(1e-3))
+    (made.final_folder("sst2_100", "mle", Setting(1e-3), 1) / "adapter").mkdir(parents=True)
+    left = workers.startable(jobs)
+    assert {job.folder.parts[-3:] for job in jobs} > {job.folder.parts[-3:] for job in left}
+    assert {job.folder.name for job in left if "/ensemble/" not in str(job.folder)} == {"seed1"}
+    assert sum("/ensemble/" in str(job.folder) for job in left) == 3
 
 
 class Losing(Executor):
@@ -182,13 +210,13 @@ def test_runs_of_a_lost_worker_are_made_by_the_others(tmp_path, capsys):
     chains = [iter([(0, jobs(tmp_path, "a1", "a2")), (0, jobs(tmp_path, "a3"))])]
     assert run_chains(pool, chains, slots=2)
     assert {path.name for path in tmp_path.iterdir()} == {"a1", "a2", "a3"}
-    assert "a2 CUDA error: gone; again later, 1 workers have a GPU that answers" in capsys.readouterr().out
+    assert "a2 CUDA error: gone; the GPU still answers 1 of 2 workers" in capsys.readouterr().out
 
 
 def test_a_run_that_costs_two_workers_has_failed_and_without_workers_the_work_ends(tmp_path, capsys):
     assert not run_chains(Losing("a1"), [iter([(0, jobs(tmp_path, "a1", "a2"))])], slots=2)
     out = capsys.readouterr().out
-    assert "a1 CUDA error: gone; again later, 1 workers" in out
+    assert "a1 CUDA error: gone; the GPU still answers 1 of 2 workers" in out
     assert "waiting] " + str(tmp_path / "a1") + " CUDA error: gone" in out
     assert not run_chains(Losing("b1"), [iter([(0, jobs(tmp_path, "b1"))])], slots=1), "not for ever with no worker"
 
@@ -294,8 +322,14 @@ def test_what_the_user_says_comes_last(tmp_path):
     jobs = [job for job in made.jobs_after("mle", "sst2_100", Setting(1e-3)) if "method=laplace" in job.overrides]
     assert len(jobs) == 3
     for job in jobs:
-        assert job.overrides.index("method.factory.precision_by=validation") < len(job.overrides) - 1
-        assert job.overrides[-1] == "method.factory.precision_by=evidence"
+        assert workers.by_key(job.overrides)["method.factory.precision_by"] == "evidence"
+
+
+def test_what_starts_from_an_adapter_trains_no_further_whatever_the_user_says(tmp_path):
+    for job in Comparison(tmp_path, ["train.epochs=3", "eval.keep=best"]).jobs_after("mle", "sst2_100", Setting(1e-3)):
+        said = workers.by_key(job.overrides)
+        started = "train.init_adapter" in said
+        assert (said["train.epochs"], said["eval.keep"]) == (("0", "last") if started else ("3", "best"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the worker would find its GPU")

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import longer, longer_report
 from benchmarks.comparison import RATES, SEEDS, Comparison, Setting
+from benchmarks.workers import by_key
 from utils.report_rows import Row, write_csv
 
 ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0.05, 0.2, None, None)
@@ -21,13 +22,15 @@ def tuning(tmp_path, monkeypatch):
 
     of = {"0.001": runs(0.8, 0.3), "0.002_own": runs(0.9, 0.5), "0.004": runs(0.99, 0.1, seeds=(100,)), "0.008": {}}
     path = tmp_path / "tuning.json"
-    path.write_text(json.dumps({"sst2_500": dict.fromkeys(RATES, of), "cola": {"mle": of}}))
+    one = {"0.001": runs(0.8, 0.3)}  # both rules choose it
+    path.write_text(json.dumps({"sst2_500": dict.fromkeys(RATES, of) | {"map": one}, "cola": {"mle": of}}))
     return path
 
 
 def test_the_choice_is_the_searchs_among_what_all_seeds_have(tuning):
     found = longer.chosen_in(tuning, "sst2_500")
     assert found.keys() == RATES.keys()
+    assert found.pop("map") == {"nll": Setting(0.001), "acc": Setting(0.001)}
     assert all(rules == {"nll": Setting(0.001), "acc": Setting(0.002, "own")} for rules in found.values())
     for task in ("cola", "obqa_500"):
         with pytest.raises(
@@ -45,10 +48,9 @@ def test_a_setting_that_is_no_more_is_not_taken_for_the_default(tuning, monkeypa
 def test_every_run_trains_for_the_epochs_but_those_from_an_adapter(tmp_path):
     first, after = longer.stages(Comparison(tmp_path, ["dtype=float32"]), "sst2_500", "mle", Setting(0.001), 20)
     for job in (*first, *after):
-        epochs = [override for override in job.overrides if override.startswith("train.epochs=")]
-        started = any(override.startswith("train.init_adapter=") for override in job.overrides)
-        assert epochs[1:] == (["train.epochs=20", "train.epochs=0"] if started else ["train.epochs=20"])
-        assert job.overrides[-1] == "dtype=float32"
+        said = by_key(job.overrides)
+        assert said["train.epochs"] == ("0" if "train.init_adapter" in said else "20")
+        assert said["dtype"] == "float32"
     assert len(first) == len(SEEDS)
     assert {job.folder.parts[-3] for job in after} >= {"ensemble", "temperature", "laplace"}
 
@@ -77,8 +79,48 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
     monkeypatch.setattr(longer, "run_chains", lambda *_: True)
     with pytest.raises(SystemExit, match="error: no run has finished"):
         longer.main([*command[:-3], str(tmp_path / "empty"), "dtype=float32"])
-    with pytest.raises(SystemExit, match="error: seed differs from run to run here"):
-        longer.main([*command, "seed=1"])
+    for word, said in (
+        ("seed=1", "seed differs from run to run here"),
+        ("train.epochs=5", "train.epochs is what --epochs says here: leave it out"),
+        ("--epochs=0", "--epochs 0 trains nothing: take 1 or more"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {said}"):
+            longer.main([*command, word])
+
+
+def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, monkeypatch):
+    made = []
+
+    def run_chains(pool, chains, jobs, seconds):
+        made.extend(job.folder for chain in chains for _, stage in chain for job in stage)
+        return True
+
+    monkeypatch.setattr(longer, "run_chains", run_chains)
+    with pytest.raises(SystemExit, match="no run has finished"):
+        longer.main([str(tuning), "--epochs", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
+    assert not any("/temperature/" in str(folder) for folder in made), "no adapter to start from"
+    assert sum("/mle/" in str(folder) for folder in made) == 2 * len(SEEDS), "the settings of both rules"
+    assert sum("/map/" in str(folder) for folder in made) == len(SEEDS), "one setting, chosen by both"
+
+
+def test_lists_keep_the_tasks_of_earlier_calls(tmp_path, tuning, monkeypatch):
+    content = json.loads(tuning.read_text())
+    tuning.write_text(json.dumps({**content, "obqa_500": content["sst2_500"]}))
+
+    def run_chains(pool, chains, jobs, seconds):
+        for chain in chains:
+            for _, stage in chain:
+                for job in stage:
+                    job.folder.mkdir(parents=True)
+                    (job.folder / "reliability.json").touch()
+        return True
+
+    monkeypatch.setattr(longer, "run_chains", run_chains)
+    for task in ("sst2_500", "obqa_500"):
+        longer.main([str(tuning), "--epochs", "2", "--tasks", task, "--out", str(tmp_path / "out")])
+    listed = (tmp_path / "out" / "by_nll.txt").read_text()
+    assert "/sst2_500/" in listed
+    assert "/obqa_500/" in listed
 
 
 @pytest.fixture
@@ -100,10 +142,10 @@ def reports(tmp_path):
 def test_table_and_figure(reports, tmp_path):
     longer_report.main([*reports, "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "longer.md").read_text().splitlines()[2:] == [
-        "| sst2 (500) (160 → 640) | mle | 3 → 2 | 90.0 → 90.0 | 0.300 → 0.550 | 5.0 → 5.0 |",
+        "| sst2 (500) (160 → 640) | mle | 2 | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
         "| sst2 (500) (160 → 640) | sgp | 3 | 90.0 → 90.0 | 0.300 → 0.600 | 5.0 → 5.0 |",
         "| sst2 (500) (160 → 640) | tfb | 2 | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
-    ], "neither the base model nor a method with a single seed"
+    ], "the seeds of both; neither the base model nor a method with a single seed"
     assert (tmp_path / "out" / "longer.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -112,7 +154,7 @@ def test_reports_that_do_not_belong_together(reports, tmp_path, capsys):
     write_csv(other, [dataclasses.replace(ROW, task="cola", seed=seed) for seed in (0, 1)])
     with pytest.raises(SystemExit):
         longer_report.main([reports[0], str(other)])
-    assert "have no method of one task in common" in capsys.readouterr().err
+    assert "share no task and method of m with two seeds" in capsys.readouterr().err
     write_csv(other, [ROW, dataclasses.replace(ROW, model="n")])
     with pytest.raises(SystemExit):
         longer_report.main([reports[0], str(other)])
