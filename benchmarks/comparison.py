@@ -23,9 +23,9 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable, tuned
 from pipeline.processes import processes
@@ -111,6 +111,7 @@ COMMON = (
 )
 
 
+Key = TypeVar("Key")
 Metrics = dict[str, float]
 
 
@@ -165,6 +166,13 @@ class Comparison(NamedTuple):
         alike = itertools.product(AS.get(first, ()), SEEDS)
         return [*jobs, *(self.final_job(task, method, setting, seed, first, more) for method, seed in alike)]
 
+    def test_stages(
+        self, task: str, method: str, setting: Setting, more: Sequence[str] = ()
+    ) -> tuple[list[Job], list[Job]]:
+        """The method with its setting and each seed; then what has that setting or starts from those adapters."""
+        first = [self.final_job(task, method, setting, seed, more=more) for seed in SEEDS]
+        return first, self.jobs_after(method, task, setting, more)
+
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""
         overrides = (*COMMON, *TASKS[task], "method=zero_shot", "seed=0", *self.common)
@@ -177,12 +185,7 @@ class Comparison(NamedTuple):
 
     def found(self, task: str, method: str, tried: Sequence[Setting], seeds: Sequence[int]) -> dict[Setting, Metrics]:
         """Mean metrics over ``seeds`` of the settings that have finished with all of them."""
-        runs = {setting: self.by_seed(task, method, setting) for setting in tried}
-        return {
-            setting: {name: statistics.mean(own[seed][name] for seed in seeds) for name in own[seeds[0]]}
-            for setting, own in runs.items()
-            if own.keys() >= set(seeds)
-        }
+        return means({setting: self.by_seed(task, method, setting) for setting in tried}, seeds)
 
     def search(self, task: str, method: str, tried: list[Setting]) -> Iterator[Sequence[Job]]:
         """Stages of the search; ``tried`` collects its settings."""
@@ -208,9 +211,10 @@ class Comparison(NamedTuple):
         for jobs in self.search(task, method, tried):
             yield 0, jobs
         for priority, setting in enumerate(chosen(self.found(task, method, tried, TUNING_SEEDS)).values()):
-            yield priority, [self.final_job(task, method, setting, seed) for seed in SEEDS]
+            first, after = self.test_stages(task, method, setting)
+            yield priority, first
             base = [self.zero_shot_job(task)] if method == "mle" else []
-            yield priority, [*base, *startable(self.jobs_after(method, task, setting))]
+            yield priority, [*base, *startable(after)]
 
     def settings(self, task: str, method: str) -> list[Setting]:
         """What the search has come to so far."""
@@ -263,18 +267,30 @@ class Comparison(NamedTuple):
             for task, of in tried.items():
                 for method, settings in of.items():
                     setting = chosen(self.found(task, method, settings, TUNING_SEEDS)).get(rule)
-                    if setting is None:
-                        continue
-                    jobs += [self.final_job(task, method, setting, seed) for seed in SEEDS]
-                    jobs += self.jobs_after(method, task, setting)
-            finished = "".join(f"{job.folder}\n" for job in jobs if is_finished(job))
-            write_text_atomic(self.out / f"by_{rule}.txt", finished)
+                    if setting is not None:
+                        jobs += itertools.chain(*self.test_stages(task, method, setting))
+            self.write_list(rule, jobs)
+
+    def write_list(self, rule: str, jobs: Sequence[Job]) -> int:
+        """``by_<rule>.txt``: those of the runs that have finished; returns how many there are."""
+        finished = [job.folder for job in jobs if is_finished(job)]
+        write_text_atomic(self.out / f"by_{rule}.txt", "".join(f"{folder}\n" for folder in finished))
+        return len(finished)
 
 
 def check_common(overrides: Sequence[str]) -> None:
     """Raise ValueError for an override that would undo the comparison."""
     if undone := [key for key in by_key(overrides) if key in VARIED]:
         raise ValueError(f"{undone[0]} differs from run to run here: leave it out")
+
+
+def means(runs: Mapping[Key, Mapping[int, Metrics]], seeds: Sequence[int]) -> dict[Key, Metrics]:
+    """Mean metrics over ``seeds`` of the settings that have runs with all of them."""
+    return {
+        setting: {name: statistics.mean(own[seed][name] for seed in seeds) for name in own[seeds[0]]}
+        for setting, own in runs.items()
+        if own.keys() >= set(seeds)
+    }
 
 
 def ranked(found: dict[Setting, Metrics], rule: str) -> list[Setting]:

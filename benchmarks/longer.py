@@ -10,26 +10,24 @@ epochs; three seeds, test data, nothing chosen anew. Finished runs are skipped. 
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparison import (
     OWN,
     RATES,
     RULES,
-    SEEDS,
     TASKS,
     TUNING_SEEDS,
     Comparison,
     Setting,
     check_common,
     chosen,
+    means,
 )
-from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable
+from benchmarks.workers import Chain, Job, by_key, run_chains, startable
 from pipeline.processes import processes
-from utils.run import write_text_atomic
 
 EPOCHS = "train.epochs"
 
@@ -43,20 +41,11 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
     of = json.loads(path.read_text()).get(task, {})
     found = {}
     for method in RATES:
-        runs = {
-            setting: seeds
-            for setting, seeds in of.get(method, {}).items()
-            if seeds.keys() >= set(map(str, TUNING_SEEDS))
-        }
-        means = {
-            _parsed(method, setting): {
-                name: statistics.mean(run[name] for run in seeds.values()) for name in ("acc", "nll")
-            }
-            for setting, seeds in runs.items()
-        }
-        if not means:
+        runs = {setting: {int(seed): run for seed, run in own.items()} for setting, own in of.get(method, {}).items()}
+        whole = means(runs, TUNING_SEEDS)
+        found[method] = chosen({_parsed(method, setting): metrics for setting, metrics in whole.items()})
+        if not found[method]:
             raise ValueError(f"{path} has no finished search of {method} on {task}: run benchmarks.comparison first")
-        found[method] = chosen(means)
     return found
 
 
@@ -67,11 +56,11 @@ def _parsed(method: str, setting: str) -> Setting:
     return Setting(float(rate), own or "default")
 
 
-def stages(comparison: Comparison, task: str, method: str, setting: Setting, epochs: int) -> Iterator[list[Job]]:
-    """The method with its setting, then what has or starts from that."""
-    more = (f"{EPOCHS}={epochs}",)
-    yield [comparison.final_job(task, method, setting, seed, more=more) for seed in SEEDS]
-    yield comparison.jobs_after(method, task, setting, more)
+def stages(
+    comparison: Comparison, task: str, method: str, setting: Setting, epochs: int
+) -> tuple[list[Job], list[Job]]:
+    """``test_stages`` of the comparison, for more epochs."""
+    return comparison.test_stages(task, method, setting, (f"{EPOCHS}={epochs}",))
 
 
 def run(
@@ -100,7 +89,7 @@ def run(
     begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
     of = {
         (task, method): rules
-        for task in {**dict.fromkeys(tasks), **dict.fromkeys(begun)}
+        for task in dict.fromkeys((*tasks, *begun))
         for method, rules in chosen_in(tuning, task).items()
     }
     write_lists(comparison, of, epochs)  # refuses a folder of other settings before any run
@@ -122,15 +111,8 @@ def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Sett
     """By rule the finished runs of all tasks begun; returns how many there are."""
     count = 0
     for rule in RULES:
-        made = [
-            job.folder
-            for (task, method), rules in of.items()
-            for stage in stages(comparison, task, method, rules[rule], epochs)
-            for job in stage
-            if is_finished(job)
-        ]
-        write_text_atomic(comparison.out / f"by_{rule}.txt", "".join(f"{folder}\n" for folder in made))
-        count += len(made)
+        both = [stages(comparison, *key, rules[rule], epochs) for key, rules in of.items()]
+        count += comparison.write_list(rule, [job for first, after in both for job in (*first, *after)])
     return count
 
 

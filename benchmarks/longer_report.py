@@ -11,20 +11,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from utils.plots import COLOURS, STYLE, TITLES, line_look, save_figure
+from benchmarks.tried import FOREMOST
+from utils.plots import COLOURS, STYLE, TITLES, drawn_line_look, save_figure
 from utils.report_rows import ZERO_SHOT, Row, read_csv
 from utils.report_tables import columns, values
 from utils.run import write_text_atomic
 
-FOREMOST = "sgp"
-"""The method drawn above the others."""
 LOOK = {"color": "black", "marker": "s", "linewidth": 3.0}
-"""And how."""
+"""How the foremost method is drawn."""
 DRAWN = ("nll", "ece")
 Ends = dict[str, tuple[list[Row], list[Row]]]
 """By method its rows before and after, one per seed."""
@@ -83,12 +81,6 @@ def markdown(tasks: dict[str, Ends]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def look_of(index: int) -> dict[str, Any]:
-    """As ``line_look``, without black, which is the foremost method's; dashed where a colour comes again."""
-    cycle, place = divmod(index, len(COLOURS) - 1)
-    return {**line_look(cycle * len(COLOURS) + place), "linestyle": ("-", "--")[cycle % 2]}
-
-
 def draw(tasks: dict[str, Ends], path: Path) -> Path:
     """A column per task, a row per metric; methods that take no steps of their own are left out."""
     trained = {name for of in tasks.values() for name, (_, after) in of.items() if after[0].steps}
@@ -100,7 +92,8 @@ def draw(tasks: dict[str, Ends], path: Path) -> Path:
             for ax, (task, of) in zip(line, tasks.items(), strict=True):
                 for index, name in enumerate(names):
                     if name in of:
-                        look = LOOK if name == FOREMOST else look_of(index)
+                        place = index + index // (len(COLOURS) - 1)  # passes over black, the last colour
+                        look = LOOK if name == FOREMOST else drawn_line_look(place)
                         ax.plot(steps(of), [fmean(values(rows, metric)) for rows in of[name]], label=name, **look)
                 ax.set_xticks(steps(of))
                 ax.set_title(task if metric == DRAWN[0] else "")

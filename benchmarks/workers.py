@@ -144,16 +144,12 @@ def work(job: Job) -> str | None:
 
 def _check_device(failure: str) -> None:
     """Raise LostDeviceError where a GPU does nothing more for this process: some CUDA errors end all its work there."""
-    if not torch.cuda.is_available():
-        return
-    try:
-        torch.cuda.synchronize()
-    except torch.AcceleratorError:
-        pass
-    else:
-        return
-    time.sleep(PAUSE)
-    raise LostDeviceError(failure.partition("\n")[0], os.getpid())
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except torch.AcceleratorError:
+            time.sleep(PAUSE)
+            raise LostDeviceError(failure.partition("\n")[0], os.getpid()) from None
 
 
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:

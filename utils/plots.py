@@ -244,6 +244,11 @@ def line_look(index: int, points: int = 1) -> dict[str, Any]:
     return {"color": COLOURS[place], "marker": marker if points <= 30 else ""}
 
 
+def drawn_line_look(index: int) -> dict[str, Any]:
+    """``line_look`` for lines that are drawn: those that have the colour of an earlier one are dashed."""
+    return {**line_look(index), "linestyle": "-" if index < len(COLOURS) else "--"}
+
+
 def _number(value: float | None) -> float:
     """Undo null, which stands for a non-finite value, as NaN: a gap in a line."""
     return math.nan if value is None else value

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from utils.plots import COLOURS, STYLE, TITLES, line_look, reliability_panel, save_figure
+from utils.plots import STYLE, TITLES, drawn_line_look, line_look, reliability_panel, save_figure
 from utils.report_rows import ZERO_SHOT
 from utils.report_scores import Prediction, ece, example_losses, reliability, running_log_probs
 from utils.report_tables import Column, values
@@ -82,10 +82,7 @@ def sample_curve(logits: np.ndarray, answer: np.ndarray) -> SampleCurve:
 
 
 def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Path:
-    """NLL and ECE against the number of samples: mean over seeds with a band of one sd, log-2 axis.
-
-    Lines that have the colour of an earlier one are dashed.
-    """
+    """NLL and ECE against the number of samples: mean over seeds with a band of one sd, log-2 axis."""
     with matplotlib.rc_context(STYLE):
         figure, panels = panel_grid(2, 4.2, 3.2)
         ticks: set[int] = set()
@@ -95,8 +92,8 @@ def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Pat
             for ax, place in zip(panels, (1, 2), strict=True):
                 found = np.array([[curve[place][curve[0].index(count)] for count in counts] for curve in of_seeds])
                 mean, sd = found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else 0.0
-                look = line_look(index)
-                ax.plot(counts, mean, label=name, linestyle="-" if index < len(COLOURS) else "--", **look)
+                look = drawn_line_look(index)
+                ax.plot(counts, mean, label=name, **look)
                 ax.fill_between(counts, mean - sd, mean + sd, color=look["color"], alpha=0.2, linewidth=0)
         shown = [tick for tick in sorted(ticks) if tick & (tick - 1) == 0]
         for ax, key in zip(panels, ("nll", "ece"), strict=True):
