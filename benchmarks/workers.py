@@ -34,6 +34,8 @@ MOVED = ("paths.", "train.init_adapter")
 """Keys that differ once a comparison's folder, or its data, has been moved."""
 PAUSE = 5.0
 """Seconds that a worker without a GPU waits before it hands a run back."""
+FITTED = 4
+"""Runs that must have found enough memory, since the last that did not, before one more goes at a time."""
 
 
 class Job(NamedTuple):
@@ -155,11 +157,12 @@ def _check_device(failure: str) -> None:
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
     """Go through all chains, ``slots`` runs at a time; finished runs are skipped, those that diverge reported.
 
-    A run that found too little memory beside others is made again later, and from then on one run fewer goes at a time
-    than went then. One that failed for that reason alone, or for another that is not its settings', stops its chain:
-    what follows must not hang on a choice without it. A worker whose GPU answers no more hands its run back, and from
-    then on one run fewer goes at a time; a run that is there when a second worker is lost has failed, and without
-    workers the work ends.
+    A run that found too little memory beside others is made again later, and one run fewer goes at a time than went
+    then; after some that found enough (``FITTED``, or half as many as go) one more does, since later ones may need
+    less. One that failed for that reason alone, or for another that is not its settings', stops its chain: what follows
+    must not hang on a choice without it. A worker whose GPU answers no more hands its run back, and from then on one
+    run fewer goes at a time; a run that is there when a second worker is lost has failed, and without workers the work
+    ends.
 
     Args:
         pool: where runs are made.
@@ -179,6 +182,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     complete = True
     running: dict[Future[str | None], tuple[int, int, int, Job]] = {}
     workers, lost, cost = slots, set[int](), Counter[Path]()
+    fitted = 0
 
     def advance(index: int) -> None:
         while not left[index]:
@@ -205,9 +209,9 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
                 print(f"{job.folder}: {DEAD_WORKER}: use fewer jobs", flush=True)
                 return False
             if isinstance(error, TooLittleMemoryError) and among > 1:
-                slots = min(slots, among - 1)
+                slots, fitted = min(slots, among - 1), 0
                 heapq.heappush(waiting, turn)
-                print(f"{job.folder} {error}; again later, {slots} runs at a time from now on", flush=True)
+                print(f"{job.folder} {error}; again later, {slots} runs at a time", flush=True)
                 continue
             if isinstance(error, LostDeviceError):
                 cost[job.folder] += error.worker not in lost
@@ -223,6 +227,9 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             if error:
                 complete = False
                 continue
+            fitted += 1
+            if slots < workers - len(lost) and fitted >= max(FITTED, slots / 2):
+                slots, fitted = slots + 1, 0
             left[index] -= 1
             if not left[index]:
                 advance(index)

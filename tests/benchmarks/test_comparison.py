@@ -268,7 +268,24 @@ def test_fewer_runs_go_at_a_time_once_memory_was_too_little(tmp_path, monkeypatc
     assert run_together(pool, monkeypatch, chains, slots=4)
     assert len(list(tmp_path.iterdir())) == 6, "every run was made in the end, the second stage after the first"
     assert pool.sizes == [4, 3, 1, 1]
-    assert "a3 too little; again later, 3 runs at a time from now on" in capsys.readouterr().out
+    assert "a3 too little; again later, 3 runs at a time\n" in capsys.readouterr().out
+
+
+def test_more_runs_go_at_a_time_once_memory_is_enough_again(tmp_path, monkeypatch):
+    """A large task comes first; four runs of the small ones after it that fit are followed by one more at a time."""
+    pool = Together(most=1)
+    chains = [iter([(0, jobs(tmp_path, "a1", "a2", "a3", "a4")), (1, jobs(tmp_path, *(f"b{i}" for i in range(20))))])]
+    end = pool.end
+
+    def ended() -> None:
+        pool.most = 1 if pool.open[0][1].folder.name.startswith("a") else 8
+        end()
+
+    monkeypatch.setattr(pool, "end", ended)
+    assert run_together(pool, monkeypatch, chains, slots=4)
+    assert pool.sizes[:4] == [4, 3, 2, 1]
+    assert pool.sizes[4:-1] == sorted(pool.sizes[4:-1]), "one more after the other, and none is taken back"
+    assert max(pool.sizes[4:]) == 4, "as many as there are workers"
 
 
 def test_a_chain_stops_at_a_run_that_found_too_little_memory_alone(tmp_path, monkeypatch, capsys):

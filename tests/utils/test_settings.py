@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,21 @@ def wrapped(cause: Exception) -> Exception:
     return error
 
 
+def failed_recording(cause: Exception) -> Exception:
+    """What a block raises whose end fails because its body has."""
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as caught, recording():
+        raise cause
+    return caught.value
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -26,14 +43,34 @@ def wrapped(cause: Exception) -> Exception:
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000000 bytes"),
         MemoryError(),
         wrapped(torch.OutOfMemoryError(ALLOCATOR)),
+        failed_recording(torch.OutOfMemoryError(ALLOCATOR)),
+        wrapped(failed_recording(torch.OutOfMemoryError(ALLOCATOR))),
     ],
 )
 def test_a_want_of_memory_is_known(error):
     assert lacks_memory(error)
 
 
+def in_its_stead(cause: Exception) -> Exception:
+    """An error that says it has nothing to do with the one before."""
+    try:
+        raise cause
+    except Exception:
+        try:
+            raise RuntimeError("no") from None
+        except RuntimeError as error:
+            return error
+
+
 @pytest.mark.parametrize(
-    "error", [RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), OSError("out of memory"), wrapped(ValueError("no"))]
+    "error",
+    [
+        RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"),
+        OSError("out of memory"),
+        wrapped(ValueError("no")),
+        failed_recording(ValueError("no")),
+        in_its_stead(torch.OutOfMemoryError(ALLOCATOR)),
+    ],
 )
 def test_other_errors_are_no_want_of_memory(error):
     assert not lacks_memory(error)

@@ -22,12 +22,13 @@ class TooLittleMemoryError(LLMLoadError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that a device or the machine had too little memory.
+    """Whether an error, or one that led to it, says that a device or the machine had too little memory.
 
     There are more ways to say so than torch's own error: calls besides its allocator, libraries that find no room for
-    their handles, the allocator for the processor.
+    their handles, the allocator for the processor. While a CUDA graph is recorded the error proper is but the context
+    of another: that the recording could not be ended.
     """
-    cause = error.__cause__
+    cause = error.__cause__ if error.__suppress_context__ else error.__context__
     if isinstance(error, torch.OutOfMemoryError | TooLittleMemoryError | MemoryError):
         return True
     is_plain = isinstance(error, RuntimeError) and SAID.search(str(error)) is not None
