@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 AT_ONCE = 2**25
-"""Logits that become float32 together where no gradient is wanted (128 MiB)."""
+"""Logits that become float32 together (128 MiB), if a row has no more."""
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Batch:
 def choice_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Score of every choice: sum over its tokens of weight * log p(token | what comes before).
 
-    Only log-normalisers and the gathered logits are formed, in float32; no (N, K, V) log-softmax.
+    Of the size of the logits nothing is formed but their gradient, in their own type.
 
     Args:
         logits: (N, K, V) logits at the kept positions, of any floating type.
@@ -94,20 +95,46 @@ def choice_scores(logits: Tensor, batch: Batch) -> Tensor:
     expected = (batch.input_ids.shape[0], batch.keep)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, expected (N, K, V) = {(*expected, 'V')}")
-    row = torch.arange(logits.shape[0], device=logits.device)[:, None, None]
-    log_normaliser = log_normalisers(logits)
-    token_logit = logits[row, batch.choice_source, batch.choice_token].float()  # (N, C, L)
-    log_prob = token_logit - log_normaliser[row, batch.choice_source]
+    log_prob = TokenLogProbs.apply(logits, batch.choice_source, batch.choice_token)
     scores = (batch.choice_weight * log_prob).sum(dim=-1)
     return scores.masked_fill(~batch.choice_exists, float("-inf"))
 
 
-def log_normalisers(logits: Tensor) -> Tensor:
-    """log sum_v exp(logits), (N, K) float32, of (N, K, V) logits of any floating type.
+class TokenLogProbs(torch.autograd.Function):
+    """log p(token | source) in float32, a few rows at a time: autograd would keep the logits in float32, and twice.
 
-    Where no gradient is wanted, a few rows at a time become float32, so that no second copy of the logits is made.
+    With g the gradient with respect to log p, that with respect to the logits of a position k is
+    sum_i g_i (onehot(token_i) - softmax(logits_k)) over the tokens i predicted from there; formed in float32 and
+    rounded once. No second derivative.
     """
-    if logits.requires_grad:
-        return torch.logsumexp(logits.float(), dim=-1)
-    rows = max(1, AT_ONCE // logits[0].numel())
-    return torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(rows)])
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, source: Tensor, token: Tensor) -> Tensor:
+        """(N, C, L) of logits (N, K, V) and indices (N, C, L) into K and V."""
+        parts = [torch.logsumexp(part.float(), dim=-1) for part in logits.split(_rows_at_once(logits))]
+        log_normaliser = torch.cat(parts)  # (N, K)
+        ctx.save_for_backward(logits, log_normaliser, source, token)
+        row = _rows(logits)
+        return logits[row, source, token].float() - log_normaliser[row, source]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Sums by ``index_put_``, which adds in a fixed order on a GPU too."""
+        logits = ctx.saved_tensors[0]
+        found = torch.empty_like(logits)
+        parts = (t.split(_rows_at_once(logits)) for t in (*ctx.saved_tensors, gradient, found))
+        for own, log_normaliser, source, token, g, out in zip(*parts, strict=True):
+            row = _rows(own)
+            weight = torch.zeros_like(log_normaliser).index_put_((row, source), g, accumulate=True)
+            wanted = (own.float() - log_normaliser[..., None]).exp_().mul_(-weight[..., None])
+            out.copy_(wanted.index_put_((row, source, token), g, accumulate=True))
+        return found, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    return torch.arange(len(t), device=t.device)[:, None, None]
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, AT_ONCE // logits[0].numel())

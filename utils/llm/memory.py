@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from utils.data.batch import AT_ONCE
 from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError
 
 BITS = {"load_in_4bit": 4.5, "load_in_8bit": 8.0}
@@ -81,8 +82,8 @@ def plan_memory(
 
     Activations count, for every token and layer, 7 * hidden + 4 * intermediate numbers kept for the backward pass
     (fits PEFT's LoRA on Llama-2-7B with fused attention, measured at 512 and 2048 tokens), or with checkpointing the
-    hidden state alone and one layer in full; and the kept logits with their float32 copy and gradient. Evaluation
-    keeps nothing but logits.
+    hidden state alone and one layer in full; and the kept logits with their gradient, some of them in float32.
+    Evaluation keeps nothing but logits.
 
     Args:
         config: of the language model.
@@ -105,7 +106,9 @@ def plan_memory(
     once = 7 * hidden + 4 * inner if checkpointing else 0
     tokens, scored = shape.rows * shape.tokens, shape.rows * shape.keep
     training = tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
-    training += scored * text.vocab_size * (dtype.itemsize + 8)
+    in_float32 = min(scored, max(shape.keep, AT_ONCE // text.vocab_size))
+    copies = 4 if dtype.itemsize == 4 else 8
+    training += (scored * 2 * dtype.itemsize + in_float32 * copies) * text.vocab_size
     training *= 2 if graphs else 1
     evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * dtype.itemsize
     adapter = STATE_BYTES * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))

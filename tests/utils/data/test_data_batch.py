@@ -10,7 +10,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.data.batch import choice_scores, log_normalisers
+from utils.data.batch import TokenLogProbs, choice_scores
 from utils.data.encode import Encoder
 from utils.data.example import Choice, DataError, Example
 from utils.data.model_limits import position_limit
@@ -122,15 +122,43 @@ def test_bfloat16_is_finite(tokenizer, examples):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_normalisers_do_not_depend_on_how_many_rows_go_at_once(rows, monkeypatch):
-    logits = torch.randn(5, 3, 11, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = torch.logsumexp(logits.double(), dim=-1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_log_probabilities_and_their_gradient_are_those_of_log_softmax(rows, dtype, monkeypatch):
+    """However many rows go at once, and where tokens share a position."""
     monkeypatch.setattr("utils.data.batch.AT_ONCE", rows * 33)
-    for wanted in (False, True):
-        found = log_normalisers(logits.clone().requires_grad_(wanted))
-        assert found.dtype == torch.float32
-        assert found.requires_grad == wanted
-        torch.testing.assert_close(found.detach().double(), expected, rtol=0, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 11, generator=generator).to(dtype).requires_grad_()
+    source = torch.randint(3, (5, 2, 4), generator=generator)
+    token = torch.randint(11, (5, 2, 4), generator=generator)
+    weight = torch.randn(5, 2, 4, generator=generator)
+    found = TokenLogProbs.apply(logits, source, token)
+    (gradient,) = torch.autograd.grad((weight * found).sum(), logits)
+
+    exact = logits.detach().double().requires_grad_()
+    expected = exact.log_softmax(-1)[torch.arange(5)[:, None, None], source, token]
+    (wanted,) = torch.autograd.grad((weight * expected).sum(), exact)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, wanted.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    with torch.no_grad():
+        assert not TokenLogProbs.apply(logits, source, token).requires_grad
+
+
+def test_scoring_keeps_no_copy_of_the_logits(tokenizer, examples):
+    """What autograd holds on to between forward and backward: the logits themselves, and nothing else of their size."""
+    batch = Encoder(tokenizer, "choice_sum", 64).collate(examples)
+    logits = torch.randn(3, batch.keep, 512, dtype=torch.bfloat16).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        choice_scores(logits, batch)
+    assert kept[logits.untyped_storage().data_ptr()] == logits.numel()
+    assert sum(kept.values()) < 1.1 * logits.numel()
 
 
 def test_tile_repeats_the_batch_below_itself(tokenizer, examples):
