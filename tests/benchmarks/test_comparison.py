@@ -468,3 +468,18 @@ def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, monkey
     monkeypatch.setattr(comparison, "processes", None)
     with pytest.raises(ValueError, match="dtype=bfloat16 dtype=float32"):
         Comparison(tmp_path, ["dtype=bfloat16"]).run(["cola_500"], 1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--tasks sst2_500 arc_e --jobs 3 dtype=bfloat16 device=cpu",
+        "dtype=bfloat16 device=cpu --tasks sst2_500 arc_e --jobs 3",
+        "dtype=bfloat16 --tasks sst2_500 arc_e --jobs 3 device=cpu",
+    ],
+)
+def test_overrides_stand_anywhere_among_the_options(command, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Comparison, "run", lambda self, *arguments: asked.append((list(self.common), *arguments)))
+    comparison.main([*command.split(), "--out", str(tmp_path)])
+    assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"))]
