@@ -35,7 +35,9 @@ MOVED = ("paths.", "train.init_adapter")
 PAUSE = 5.0
 """Seconds that a worker without a GPU waits before it hands a run back."""
 FITTED = 4
-"""Runs that must have found enough memory, since the last that did not, before one more goes at a time."""
+"""Runs that must find enough memory, beside as many as may go, before one more may."""
+PATIENCE = 8
+"""So many times more of them at most, where one more has been too many before."""
 
 
 class Job(NamedTuple):
@@ -154,15 +156,50 @@ def _check_device(failure: str) -> None:
             raise LostDeviceError(failure.partition("\n")[0], os.getpid()) from None
 
 
+class Slots:
+    """How many runs go at a time: fewer than went when one found too little memory, more again once they find enough.
+
+    Later runs may need less, so one more is tried after ``FITTED`` that found enough, after twice as many if the last
+    try was one too many, and so on up to ``PATIENCE`` times ``FITTED``; once it is not, after ``FITTED`` again.
+
+    Args:
+        most: workers.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = self.now = most
+        self._fitted, self._needed, self._tries_more = 0, FITTED, False
+
+    def lose(self) -> None:
+        """A worker is gone."""
+        self.most -= 1
+        self.now = min(self.now, self.most)
+
+    def shrink(self, among: int) -> None:
+        """A run found too little memory when so many went."""
+        if self._tries_more:
+            self._needed = min(2 * self._needed, PATIENCE * FITTED)
+        self.now = min(self.now, among - 1)
+        self._fitted, self._tries_more = 0, False
+
+    def fit(self, among: int) -> None:
+        """A run found enough memory when so many went, which says nothing of more than these."""
+        self._fitted += among >= self.now
+        if self._fitted < self._needed or self.now == self.most:
+            return
+        if self._tries_more:
+            self._needed = FITTED
+        self.now += 1
+        self._fitted, self._tries_more = 0, True
+
+
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
     """Go through all chains, ``slots`` runs at a time; finished runs are skipped, those that diverge reported.
 
-    A run that found too little memory beside others is made again later, and one run fewer goes at a time than went
-    then; after some that found enough (``FITTED``, or half as many as go) one more does, since later ones may need
-    less. One that failed for that reason alone, or for another that is not its settings', stops its chain: what follows
-    must not hang on a choice without it. A worker whose GPU answers no more hands its run back, and from then on one
-    run fewer goes at a time; a run that is there when a second worker is lost has failed, and without workers the work
-    ends.
+    A run that found too little memory beside others is made again later, with fewer at a time (``Slots``). One that
+    failed for that reason alone, or for another that is not its settings', stops its chain: what follows must not hang
+    on a choice without it. A worker whose GPU answers no more hands its run back, and one run fewer goes at most; a run
+    that is there when a second worker is lost has failed, and without workers the work ends.
 
     Args:
         pool: where runs are made.
@@ -181,8 +218,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     left = [0] * len(chains)
     complete = True
     running: dict[Future[str | None], tuple[int, int, int, Job]] = {}
-    workers, lost, cost = slots, set[int](), Counter[Path]()
-    fitted = 0
+    room, lost, cost = Slots(slots), set[int](), Counter[Path]()
 
     def advance(index: int) -> None:
         while not left[index]:
@@ -196,8 +232,8 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
 
     for index in range(len(chains)):
         advance(index)
-    while running or (waiting and slots and time.monotonic() < end):
-        while waiting and len(running) < slots and time.monotonic() < end:
+    while running or (waiting and room.now and time.monotonic() < end):
+        while waiting and len(running) < room.now and time.monotonic() < end:
             turn = heapq.heappop(waiting)
             running[pool.submit(work, turn[-1])] = turn
         among = len(running)
@@ -209,27 +245,26 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
                 print(f"{job.folder}: {DEAD_WORKER}: use fewer jobs", flush=True)
                 return False
             if isinstance(error, TooLittleMemoryError) and among > 1:
-                slots, fitted = min(slots, among - 1), 0
+                room.shrink(among)
                 heapq.heappush(waiting, turn)
-                print(f"{job.folder} {error}; again later, {slots} runs at a time", flush=True)
+                print(f"{job.folder} {error}; again later, {room.now} runs at a time", flush=True)
                 continue
             if isinstance(error, LostDeviceError):
-                cost[job.folder] += error.worker not in lost
-                lost.add(error.worker)
-                remaining = workers - len(lost)
-                slots = min(slots, remaining)
+                if error.worker not in lost:
+                    lost.add(error.worker)
+                    cost[job.folder] += 1
+                    room.lose()
                 if cost[job.folder] < 2:
                     heapq.heappush(waiting, turn)
-                    print(f"{job.folder} {error}; the GPU still answers {remaining} of {workers} workers", flush=True)
+                    print(f"{job.folder} {error}; the GPU still answers {room.most} of {slots} workers", flush=True)
                     continue
             result = error or future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)
             if error:
                 complete = False
                 continue
-            fitted += 1
-            if slots < workers - len(lost) and fitted >= max(FITTED, slots / 2):
-                slots, fitted = slots + 1, 0
+            if result == "done":
+                room.fit(among)
             left[index] -= 1
             if not left[index]:
                 advance(index)

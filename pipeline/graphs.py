@@ -70,7 +70,7 @@ class StepGraphs:
 
         Raises:
             RuntimeError: if a step cannot be recorded: the model waits for the device (a mixture of experts does).
-            torch.OutOfMemoryError: if there is too little memory.
+            RuntimeError, torch.OutOfMemoryError: if there is too little memory (``want_of_memory`` tells).
         """
         fresh = tuple(p.grad is None for p in self._parameters)
         key = (variant, fresh, batch.keep, *(t.shape for t in _tensors(batch)))

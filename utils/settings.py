@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from utils.data.example import near_matches
-from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, lacks_memory
+from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, want_of_memory
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
 CHOOSES_BEST = ("every", "every_n_mc", "split")
@@ -128,12 +128,14 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     return values | {"train": train, "eval": keep}
 
 
-def one_line(error: Exception, configs: Path) -> str:
+def one_line(error: BaseException, configs: Path) -> str:
     """An error in one line; for an unknown name on the command line with its near matches in the folder ``configs``."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         error = error.__cause__  # what the class said of its arguments
+    lack = want_of_memory(error)
+    error = lack or error
     text = " ".join(str(error).split())
-    if lacks_memory(error) and not isinstance(error, TooLittleMemoryError):  # which has a remedy of its own
+    if lack is not None and not isinstance(lack, TooLittleMemoryError):  # which has a remedy of its own
         said = text.split(" GPU ")[0].split(" Search for ")[0].rstrip(".")  # torch goes on about processes and links
         return f"error: {said or 'out of memory'}: {LESS_MEMORY}"
     if isinstance(error, MissingConfigException) and error.options:

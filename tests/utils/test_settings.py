@@ -92,6 +92,13 @@ def test_a_want_of_memory_is_one_line_with_the_remedies(text, said):
     assert one_line(RuntimeError(text), Path()).startswith(expected)
 
 
+def test_a_recording_that_failed_for_want_of_memory_says_so():
+    said = one_line(failed_recording(torch.OutOfMemoryError(ALLOCATOR)), Path())
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 1.02 GiB: set quantization=nf4")
+    plan = wrapped(TooLittleMemoryError("memory: 3 GB of 2 GB: set x"))
+    assert one_line(plan, Path()) == "error: memory: 3 GB of 2 GB: set x"
+
+
 def test_an_error_without_words_is_named():
     assert one_line(MemoryError(), Path()).startswith("error: out of memory: set quantization=nf4")
 

@@ -129,6 +129,7 @@ class TokenLogProbs(torch.autograd.Function):
             weight = torch.zeros_like(log_normaliser).index_put_((row, source), g, accumulate=True)
             wanted = (own.float() - log_normaliser[..., None]).exp_().mul_(-weight[..., None])
             out.copy_(wanted.index_put_((row, source, token), g, accumulate=True))
+            del wanted  # or it is there beside the next
         return found, None, None
 
 

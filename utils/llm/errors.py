@@ -22,14 +22,20 @@ class TooLittleMemoryError(LLMLoadError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that a device or the machine had too little memory.
+    """Whether an error says that a device or the machine had too little memory (``want_of_memory``)."""
+    return want_of_memory(error) is not None
+
+
+def want_of_memory(error: BaseException) -> BaseException | None:
+    """What says that a device or the machine had too little memory: the error, or the nearest that led to it.
 
     There are more ways to say so than torch's own error: calls besides its allocator, libraries that find no room for
     their handles, the allocator for the processor. While a CUDA graph is recorded the error proper is but the context
     of another: that the recording could not be ended.
     """
-    cause = error.__cause__ if error.__suppress_context__ else error.__context__
     if isinstance(error, torch.OutOfMemoryError | TooLittleMemoryError | MemoryError):
-        return True
-    is_plain = isinstance(error, RuntimeError) and SAID.search(str(error)) is not None
-    return is_plain or (cause is not None and lacks_memory(cause))
+        return error
+    if isinstance(error, RuntimeError) and SAID.search(str(error)):
+        return error
+    cause = error.__cause__ if error.__suppress_context__ else error.__context__
+    return None if cause is None else want_of_memory(cause)

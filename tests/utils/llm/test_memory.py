@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline import run as runs
+from utils.data.batch import AT_ONCE
 from utils.llm import LLMLoadError, load_config, memory
 from utils.llm.memory import STATE_BYTES, MemoryPlan, Shape, plan_memory, weight_bytes
 from utils.settings import compose, plain
@@ -88,6 +89,20 @@ def test_what_takes_more_memory():
     assert estimate(config, shape, eval_tokens=10**7).activations > base.activations
     assert estimate(config, shape, graphs=True).activations == 2 * base.activations
     assert estimate(config, shape, shards=4).model == base.model // 4
+
+
+@pytest.mark.parametrize(("dtype", "size", "transient"), [(torch.bfloat16, 2, 8), (torch.float32, 4, 4)])
+def test_scored_positions_take_their_logits_and_gradient_and_some_of_them_float32(dtype, size, transient):
+    config, vocabulary = config_of("smollm2_135m"), config_of("smollm2_135m").vocab_size
+
+    def logits(rows: int, keep: int) -> int:
+        none, some = (estimate(config, Shape(rows, 128, k), dtype=dtype).activations for k in (0, keep))
+        return some - none
+
+    assert logits(2, 4) == 2 * 4 * vocabulary * (2 * size + transient)
+    at_once = AT_ONCE // vocabulary
+    assert logits(64, 100) == (64 * 100 * 2 * size + at_once * transient) * vocabulary
+    assert logits(2, 2000) == (2 * 2000 * 2 * size + 2000 * transient) * vocabulary, "a row goes at once"
 
 
 def test_it_refuses_what_cannot_fit_and_nothing_else():
