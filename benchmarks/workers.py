@@ -263,7 +263,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             if error:
                 complete = False
                 continue
-            if result == "done":
+            if future.result() is None:  # it did not diverge
                 room.fit(among)
             left[index] -= 1
             if not left[index]:

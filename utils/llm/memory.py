@@ -107,7 +107,7 @@ def plan_memory(
     tokens, scored = shape.rows * shape.tokens, shape.rows * shape.keep
     training = tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
     in_float32 = min(scored, max(shape.keep, AT_ONCE // text.vocab_size))
-    transient = 4 if dtype.itemsize == 4 else 8  # bytes: what becomes the gradient, and a copy unless it is float32
+    transient = 4 if dtype == torch.float32 else 8  # bytes: what becomes the gradient, and a copy unless it is float32
     training += (scored * 2 * dtype.itemsize + in_float32 * transient) * text.vocab_size
     training *= 2 if graphs else 1
     evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * dtype.itemsize
