@@ -1,17 +1,18 @@
 """How methods bear being trained for longer than they were tuned for.
 
-    python -m benchmarks.longer benchmarks/results/comparison/tuning.json --epochs 20 --jobs 32 paths.data_dir=/data
+    python -m benchmarks.longer benchmarks/results/comparison/tuning.json --times 4 --jobs 32 paths.data_dir=/data
     python -m utils.report $(cat outputs/longer/by_acc.txt) --out outputs/longer/by_acc
 
 A comparison stops training where its tasks say (``TASKS``), and its search finds for every method the settings that do
-well up to there. Here each method keeps the settings that the search chose, by either rule, and goes on for more
-epochs; three seeds, test data, nothing chosen anew. Finished runs are skipped. ``by_<rule>.txt`` lists the runs.
+well up to there. Here each method keeps the settings that the search chose, by either rule, and trains for ``--times``
+as many epochs; three seeds, test data, nothing chosen anew. Finished runs are skipped, ``by_<rule>.txt`` lists the
+runs. ``--times 1`` makes a comparison's runs on test again from its search alone.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.comparison import (
@@ -56,15 +57,20 @@ def _parsed(method: str, setting: str) -> Setting:
     return Setting(float(rate), own or "default")
 
 
-def stages(
-    comparison: Comparison, task: str, method: str, setting: Setting, epochs: int
-) -> tuple[list[Job], list[Job]]:
-    """``test_stages`` of the comparison, for more epochs."""
+def stages(comparison: Comparison, task: str, method: str, setting: Setting, times: int) -> tuple[list[Job], list[Job]]:
+    """``test_stages`` of the comparison, for so many times the task's epochs."""
+    epochs = times * int(by_key(TASKS[task])[EPOCHS])
     return comparison.test_stages(task, method, setting, (f"{EPOCHS}={epochs}",))
 
 
 def run(
-    comparison: Comparison, tuning: Path, tasks: Sequence[str], epochs: int, jobs: int, seconds: float = float("inf")
+    comparison: Comparison,
+    tuning: Path,
+    tasks: Sequence[str],
+    times: int,
+    jobs: int,
+    seconds: float = float("inf"),
+    rules: Collection[str] = tuple(RULES),
 ) -> None:
     """Train and test.
 
@@ -72,9 +78,10 @@ def run(
         comparison: where runs are kept.
         tuning: a comparison's ``tuning.json``.
         tasks: names in ``TASKS``.
-        epochs: of every run.
+        times: the epochs of a task's runs, in those of the comparison.
         jobs: runs at a time.
         seconds: no run starts later than this.
+        rules: names in ``RULES``; settings that the others chose are not trained.
 
     Raises:
         ValueError: before any run: for an override of what is compared, if a search is missing, or the folder holds
@@ -83,35 +90,35 @@ def run(
     """
     check_common(comparison.common)
     if EPOCHS in by_key(comparison.common):
-        raise ValueError(f"{EPOCHS} is what --epochs says here: leave it out")
-    if epochs < 1:
-        raise ValueError(f"--epochs {epochs} trains nothing: take 1 or more")
+        raise ValueError(f"{EPOCHS} is what --times multiplies here: leave it out")
+    if times < 1:
+        raise ValueError(f"--times {times} trains nothing: take 1 or more")
     begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
     of = {
         (task, method): rules
         for task in dict.fromkeys((*tasks, *begun))
         for method, rules in chosen_in(tuning, task).items()
     }
-    write_lists(comparison, of, epochs)  # refuses a folder of other settings before any run
+    write_lists(comparison, of, times)  # refuses a folder of other settings before any run
 
     def chain(task: str, method: str, setting: Setting) -> Chain:
-        for stage in stages(comparison, task, method, setting, epochs):
+        for stage in stages(comparison, task, method, setting, times):
             yield 0, startable(stage)
 
-    asked = {(*key, setting): None for key, rules in of.items() if key[0] in tasks for setting in rules.values()}
+    asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
     with processes(jobs) as pool:
         complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
-    if not write_lists(comparison, of, epochs):
+    if not write_lists(comparison, of, times):
         raise RuntimeError("no run has finished: see the lines above")
     if not complete:
         print("not complete: the same command goes on")
 
 
-def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], epochs: int) -> int:
+def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], times: int) -> int:
     """By rule the finished runs of all tasks begun; returns how many there are."""
     count = 0
     for rule in RULES:
-        both = [stages(comparison, *key, rules[rule], epochs) for key, rules in of.items()]
+        both = [stages(comparison, *key, rules[rule], times) for key, rules in of.items()]
         count += comparison.write_list(rule, [job for first, after in both for job in (*first, *after)])
     return count
 
@@ -120,16 +127,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tuning", type=Path, help="a comparison's tuning.json")
-    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--times", type=int, required=True, help="so many times the epochs of the comparison")
     parser.add_argument("--out", type=Path, default=Path("outputs/longer"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2_500", "arc_e_500", "obqa_500"])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="whose settings to train")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
     arguments = parser.parse_intermixed_args(argv)  # the first positional comes before the options, the others after
     try:
         comparison = Comparison(arguments.out.resolve(), arguments.overrides)
-        run(comparison, arguments.tuning, arguments.tasks, arguments.epochs, arguments.jobs, arguments.seconds)
+        run(
+            *(comparison, arguments.tuning, arguments.tasks, arguments.times, arguments.jobs, arguments.seconds),
+            rules=arguments.rules,
+        )
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -46,7 +46,7 @@ def test_a_setting_that_is_no_more_is_not_taken_for_the_default(tuning, monkeypa
 
 
 def test_every_run_trains_for_the_epochs_but_those_from_an_adapter(tmp_path):
-    first, after = longer.stages(Comparison(tmp_path, ["dtype=float32"]), "sst2_500", "mle", Setting(0.001), 20)
+    first, after = longer.stages(Comparison(tmp_path, ["dtype=float32"]), "sst2_500", "mle", Setting(0.001), 4)
     for job in (*first, *after):
         said = by_key(job.overrides)
         assert said["train.epochs"] == ("0" if "train.init_adapter" in said else "20")
@@ -70,7 +70,7 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
 
     monkeypatch.setattr(longer, "run_chains", run_chains)
     out = tmp_path / "out"
-    command = [str(tuning), "--epochs", "2", "--tasks", "sst2_500", "--out", str(out), "--seconds", "1"]
+    command = [str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(out), "--seconds", "1"]
     longer.main(command)
     assert len(made) == len(set(made)), "each run once, also where both rules agree"
     for rule, setting in (("nll", "0.001"), ("acc", "0.002_own")):
@@ -81,11 +81,25 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
         longer.main([*command[:-3], str(tmp_path / "empty"), "dtype=float32"])
     for word, said in (
         ("seed=1", "seed differs from run to run here"),
-        ("train.epochs=5", "train.epochs is what --epochs says here: leave it out"),
-        ("--epochs=0", "--epochs 0 trains nothing: take 1 or more"),
+        ("train.epochs=5", "train.epochs is what --times multiplies here: leave it out"),
+        ("--times=0", "--times 0 trains nothing: take 1 or more"),
     ):
         with pytest.raises(SystemExit, match=f"error: {said}"):
             longer.main([*command, word])
+
+
+def test_a_rule_alone_trains_nothing_of_the_other(tmp_path, tuning, monkeypatch):
+    made = []
+
+    def run_chains(pool, chains, jobs, seconds):
+        made.extend(job.folder for chain in chains for _, stage in chain for job in stage)
+        return True
+
+    monkeypatch.setattr(longer, "run_chains", run_chains)
+    command = [str(tuning), "--times", "1", "--rules", "acc", "--tasks", "sst2_500", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="no run has finished"):
+        longer.main(command)
+    assert {folder.parts[-2] for folder in made if "/mle/" in str(folder)} == {"0.002_own"}
 
 
 def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, monkeypatch):
@@ -97,7 +111,7 @@ def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, monkeypatch):
 
     monkeypatch.setattr(longer, "run_chains", run_chains)
     with pytest.raises(SystemExit, match="no run has finished"):
-        longer.main([str(tuning), "--epochs", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
+        longer.main([str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
     assert not any("/temperature/" in str(folder) for folder in made), "no adapter to start from"
     assert sum("/mle/" in str(folder) for folder in made) == 2 * len(SEEDS), "the settings of both rules"
     assert sum("/map/" in str(folder) for folder in made) == len(SEEDS), "one setting, chosen by both"
@@ -117,7 +131,7 @@ def test_lists_keep_the_tasks_of_earlier_calls(tmp_path, tuning, monkeypatch):
 
     monkeypatch.setattr(longer, "run_chains", run_chains)
     for task in ("sst2_500", "obqa_500"):
-        longer.main([str(tuning), "--epochs", "2", "--tasks", task, "--out", str(tmp_path / "out")])
+        longer.main([str(tuning), "--times", "2", "--tasks", task, "--out", str(tmp_path / "out")])
     listed = (tmp_path / "out" / "by_nll.txt").read_text()
     assert "/sst2_500/" in listed
     assert "/obqa_500/" in listed
