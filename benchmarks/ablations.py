@@ -7,13 +7,13 @@ ablations.md, mean and standard deviation over seeds. Finished runs are skipped;
 of earlier calls. The NLL on validation data stands beside the test metrics: choose by that one.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting, check_common
+from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting
+from benchmarks.options import parse, parser_of
 from benchmarks.workers import Job, is_finished, run_chains
 from pipeline.processes import processes
 from utils.report_rows import METRICS
@@ -95,15 +95,11 @@ def write(rows: Sequence[dict[str, str | int | float]], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/ablations"))
+    parser = parser_of(__doc__, Path("outputs/ablations"))
     parser.add_argument("--task", choices=TASKS, default="sst2_500")
     parser.add_argument("--rate", type=float, required=True, help="learning rate of every setting")
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="settings; all if absent")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse(parser, argv)
     out = arguments.out.resolve()
     jobs = {
         (label, seed): job_of(arguments.task, label, arguments.rate, seed, out, arguments.overrides)
@@ -112,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     asked = [job for (label, _), job in jobs.items() if label in arguments.only]
     try:
-        check_common(arguments.overrides)
+        Comparison(out, arguments.overrides).check()
         results(jobs)  # refuses a folder of other settings before any run
         with processes(arguments.jobs) as pool:
             run_chains(pool, [iter([(0, asked)])], arguments.jobs, arguments.seconds)

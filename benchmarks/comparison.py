@@ -18,7 +18,6 @@ Many runs share one GPU: they are bound by launches, not by arithmetic (start NV
 it serves some 50 processes, more find no GPU).
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -27,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from benchmarks.options import parse, parser_of
 from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable, tuned
 from pipeline.processes import processes
 from utils.run import write_json_atomic, write_text_atomic
@@ -103,6 +103,7 @@ POST_HOC_OWN = dict.fromkeys(
     ("laplace", "laplace_last"), ("eval.batch_size=16", "method.factory.precision_by=validation")
 )
 """What a method has of its own: small batches, since every example has a Jacobian; a choice by validation data too."""
+EPOCHS = "train.epochs"
 VARIED = ("seed", "method", "opt.lr", "dset", "paths.output_dir", "train.init_adapter")
 """Keys that differ from run to run, so no override of all runs may set them."""
 COMMON = (
@@ -126,10 +127,11 @@ class Setting(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Where runs are kept, and what is added to the command line of each."""
+    """Where runs are kept, what is added to the command line of each, and how many times a task's epochs they train."""
 
     out: Path
     common: Sequence[str] = ()
+    times: int = 1
 
     def overrides(
         self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "", more: Sequence[str] = ()
@@ -137,7 +139,21 @@ class Comparison(NamedTuple):
         """The command line of a run; ``tuned_as`` names the method whose setting it is, if another."""
         own = OWN.get(tuned_as or method, {}).get(setting.own, ())
         which = (f"method={method}", f"opt.lr={setting.rate:g}", f"seed={seed}")
-        return (*COMMON, *TASKS[task], *which, *own, *more, *self.common)
+        return (*COMMON, *self.task(task), *which, *own, *more, *self.common)
+
+    def task(self, name: str) -> tuple[str, ...]:
+        """What a task is on the command line."""
+        of = TASKS[name]
+        return of if self.times == 1 else (*of, f"{EPOCHS}={self.times * int(by_key(of)[EPOCHS])}")
+
+    def check(self) -> None:
+        """Raise ValueError, before any run, for what would undo the comparison."""
+        if undone := [key for key in by_key(self.common) if key in VARIED]:
+            raise ValueError(f"{undone[0]} differs from run to run here: leave it out")
+        if self.times < 1:
+            raise ValueError(f"--times {self.times} trains nothing: take 1 or more")
+        if self.times > 1 and EPOCHS in by_key(self.common):
+            raise ValueError(f"{EPOCHS} is what --times multiplies: leave one of them out")
 
     def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
         """One setting of the search with one seed."""
@@ -155,27 +171,25 @@ class Comparison(NamedTuple):
         folder = self.final_folder(task, method, setting, seed)
         return Job(folder, self.overrides(task, method, seed, setting, tuned_as, more), True)
 
-    def jobs_after(self, first: str, task: str, setting: Setting, more: Sequence[str] = ()) -> list[Job]:
+    def jobs_after(self, first: str, task: str, setting: Setting) -> list[Job]:
         """Methods that have the setting of the method ``first``; those of ``POST_HOC`` start from its adapters."""
         jobs = []
         for method, seed in itertools.product(POST_HOC.get(first, ()), SEEDS):
             adapter = self.final_folder(task, first, setting, seed) / "adapter"
             start = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
-            job = self.final_job(task, method, setting, seed, first, (*more, *POST_HOC_OWN.get(method, ())))
+            job = self.final_job(task, method, setting, seed, first, POST_HOC_OWN.get(method, ()))
             jobs.append(job._replace(overrides=(*job.overrides, *start)))
         alike = itertools.product(AS.get(first, ()), SEEDS)
-        return [*jobs, *(self.final_job(task, method, setting, seed, first, more) for method, seed in alike)]
+        return [*jobs, *(self.final_job(task, method, setting, seed, first) for method, seed in alike)]
 
-    def test_stages(
-        self, task: str, method: str, setting: Setting, more: Sequence[str] = ()
-    ) -> tuple[list[Job], list[Job]]:
+    def test_stages(self, task: str, method: str, setting: Setting) -> tuple[list[Job], list[Job]]:
         """The method with its setting and each seed; then what has that setting or starts from those adapters."""
-        first = [self.final_job(task, method, setting, seed, more=more) for seed in SEEDS]
-        return first, self.jobs_after(method, task, setting, more)
+        first = [self.final_job(task, method, setting, seed) for seed in SEEDS]
+        return first, self.jobs_after(method, task, setting)
 
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""
-        overrides = (*COMMON, *TASKS[task], "method=zero_shot", "seed=0", *self.common)
+        overrides = (*COMMON, *self.task(task), "method=zero_shot", "seed=0", *self.common)
         return Job(self.out / "final" / task / "zero_shot", overrides, True)
 
     def by_seed(self, task: str, method: str, setting: Setting) -> dict[int, Metrics]:
@@ -238,7 +252,7 @@ class Comparison(NamedTuple):
         """
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
             raise ValueError(f"unknown task {unknown[0]}; there are {', '.join((*GRIDS, *TASKS))}")
-        check_common(self.common)
+        self.check()
         self.write_lists(self.begun())  # refuses a folder of other settings before any run
         tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
         chains = [self.chain(task, method) for task in tasks for method in RATES]
@@ -276,12 +290,6 @@ class Comparison(NamedTuple):
         finished = [job.folder for job in jobs if is_finished(job)]
         write_text_atomic(self.out / f"by_{rule}.txt", "".join(f"{folder}\n" for folder in finished))
         return len(finished)
-
-
-def check_common(overrides: Sequence[str]) -> None:
-    """Raise ValueError for an override that would undo the comparison."""
-    if undone := [key for key in by_key(overrides) if key in VARIED]:
-        raise ValueError(f"{undone[0]} differs from run to run here: leave it out")
 
 
 def means(runs: Mapping[Key, Mapping[int, Metrics]], seeds: Sequence[int]) -> dict[Key, Metrics]:
@@ -324,15 +332,12 @@ def untried(settings: Sequence[Setting], tried: Sequence[Setting]) -> list[Setti
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/comparison"))
+    parser = parser_of(__doc__, Path("outputs/comparison"))
     parser.add_argument("--tasks", nargs="+", choices=[*GRIDS, *TASKS], default=["small"])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
-    arguments = parser.parse_intermixed_args(argv)
+    parser.add_argument("--times", type=int, default=1, help="so many times the tasks' epochs, in the search too")
+    arguments = parse(parser, argv)
     try:
-        comparison = Comparison(arguments.out.resolve(), arguments.overrides)
+        comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
         comparison.run(arguments.tasks, arguments.jobs, arguments.seconds)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

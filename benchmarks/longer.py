@@ -9,7 +9,6 @@ as many epochs; three seeds, test data, nothing chosen anew. Finished runs are s
 runs. ``--times 1`` makes a comparison's runs on test again from its search alone.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Collection, Sequence
@@ -23,14 +22,12 @@ from benchmarks.comparison import (
     TUNING_SEEDS,
     Comparison,
     Setting,
-    check_common,
     chosen,
     means,
 )
-from benchmarks.workers import Chain, Job, by_key, run_chains, startable
+from benchmarks.options import parse, parser_of
+from benchmarks.workers import Chain, run_chains, startable
 from pipeline.processes import processes
-
-EPOCHS = "train.epochs"
 
 
 def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
@@ -57,17 +54,10 @@ def _parsed(method: str, setting: str) -> Setting:
     return Setting(float(rate), own or "default")
 
 
-def stages(comparison: Comparison, task: str, method: str, setting: Setting, times: int) -> tuple[list[Job], list[Job]]:
-    """``test_stages`` of the comparison, for so many times the task's epochs."""
-    epochs = times * int(by_key(TASKS[task])[EPOCHS])
-    return comparison.test_stages(task, method, setting, (f"{EPOCHS}={epochs}",))
-
-
 def run(
     comparison: Comparison,
     tuning: Path,
     tasks: Sequence[str],
-    times: int,
     jobs: int,
     seconds: float = float("inf"),
     rules: Collection[str] = tuple(RULES),
@@ -75,10 +65,9 @@ def run(
     """Train and test.
 
     Args:
-        comparison: where runs are kept.
+        comparison: where runs are kept, and how long they train.
         tuning: a comparison's ``tuning.json``.
         tasks: names in ``TASKS``.
-        times: the epochs of a task's runs, in those of the comparison.
         jobs: runs at a time.
         seconds: no run starts later than this.
         rules: names in ``RULES``; settings that the others chose are not trained.
@@ -88,59 +77,48 @@ def run(
             runs with other settings.
         RuntimeError: if no run has finished.
     """
-    check_common(comparison.common)
-    if EPOCHS in by_key(comparison.common):
-        raise ValueError(f"{EPOCHS} is what --times multiplies here: leave it out")
-    if times < 1:
-        raise ValueError(f"--times {times} trains nothing: take 1 or more")
+    comparison.check()
     begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
     of = {
         (task, method): rules
         for task in dict.fromkeys((*tasks, *begun))
         for method, rules in chosen_in(tuning, task).items()
     }
-    write_lists(comparison, of, times)  # refuses a folder of other settings before any run
+    write_lists(comparison, of)  # refuses a folder of other settings before any run
 
     def chain(task: str, method: str, setting: Setting) -> Chain:
-        for stage in stages(comparison, task, method, setting, times):
+        for stage in comparison.test_stages(task, method, setting):
             yield 0, startable(stage)
 
     asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
     with processes(jobs) as pool:
         complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
-    if not write_lists(comparison, of, times):
+    if not write_lists(comparison, of):
         raise RuntimeError("no run has finished: see the lines above")
     if not complete:
         print("not complete: the same command goes on")
 
 
-def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], times: int) -> int:
+def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]]) -> int:
     """By rule the finished runs of all tasks begun; returns how many there are."""
     count = 0
     for rule in RULES:
-        both = [stages(comparison, *key, rules[rule], times) for key, rules in of.items()]
+        both = [comparison.test_stages(*key, rules[rule]) for key, rules in of.items()]
         count += comparison.write_list(rule, [job for first, after in both for job in (*first, *after)])
     return count
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, Path("outputs/longer"))
     parser.add_argument("tuning", type=Path, help="a comparison's tuning.json")
     parser.add_argument("--times", type=int, required=True, help="so many times the epochs of the comparison")
-    parser.add_argument("--out", type=Path, default=Path("outputs/longer"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2_500", "arc_e_500", "obqa_500"])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="whose settings to train")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run later than this")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
-    arguments = parser.parse_intermixed_args(argv)  # the first positional comes before the options, the others after
+    arguments = parse(parser, argv)
     try:
-        comparison = Comparison(arguments.out.resolve(), arguments.overrides)
-        run(
-            *(comparison, arguments.tuning, arguments.tasks, arguments.times, arguments.jobs, arguments.seconds),
-            rules=arguments.rules,
-        )
+        comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
+        run(comparison, arguments.tuning, arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -8,6 +8,7 @@ longer.png (NLL and ECE, a column per task).
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,8 @@ from utils.run import write_text_atomic
 LOOK = {"color": "black", "marker": "s", "linewidth": 3.0}
 """How the foremost method is drawn."""
 DRAWN = ("nll", "ece")
+ACROSS = 4
+"""Tasks side by side; more go below."""
 Ends = dict[str, tuple[list[Row], list[Row]]]
 """By method its rows before and after, one per seed."""
 
@@ -82,25 +85,34 @@ def markdown(tasks: dict[str, Ends]) -> str:
 
 
 def draw(tasks: dict[str, Ends], path: Path) -> Path:
-    """A column per task, a row per metric; methods that take no steps of their own are left out."""
+    """A column per task, in blocks of a row per metric; methods that take no steps of their own are left out."""
     trained = {name for of in tasks.values() for name, (_, after) in of.items() if after[0].steps}
     names = sorted(trained, key=lambda name: (name == FOREMOST, name))
+    across, blocks = min(len(tasks), ACROSS), math.ceil(len(tasks) / ACROSS)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 2.8 * len(DRAWN)), layout="constrained")
-        grid = figure.subplots(len(DRAWN), len(tasks), squeeze=False, sharex="col")
-        for line, metric in zip(grid, DRAWN, strict=True):
-            for ax, (task, of) in zip(line, tasks.items(), strict=True):
+        figure = Figure(figsize=(3.4 * across + 1.8, 2.8 * len(DRAWN) * blocks), layout="constrained")
+        grid = figure.subplots(len(DRAWN) * blocks, across, squeeze=False)
+        for ax in grid.flat:
+            ax.set_axis_off()
+        lines = {}
+        for place, (task, of) in enumerate(tasks.items()):
+            block, column = divmod(place, ACROSS)
+            for row, metric in enumerate(DRAWN):
+                ax = grid[block * len(DRAWN) + row, column]
+                ax.set_axis_on()
                 for index, name in enumerate(names):
                     if name in of:
-                        place = index + index // (len(COLOURS) - 1)  # passes over black, the last colour
-                        look = LOOK if name == FOREMOST else drawn_line_look(place)
-                        ax.plot(steps(of), [fmean(values(rows, metric)) for rows in of[name]], label=name, **look)
+                        coloured = index + index // (len(COLOURS) - 1)  # passes over black, the last colour
+                        style = LOOK if name == FOREMOST else drawn_line_look(coloured)
+                        means = [fmean(values(rows, metric)) for rows in of[name]]
+                        (lines[name],) = ax.plot(steps(of), means, **style)
                 ax.set_xticks(steps(of))
-                ax.set_title(task if metric == DRAWN[0] else "")
-            line[0].set_ylabel(TITLES[metric])
-        for ax in grid[-1]:
-            ax.set_xlabel("optimiser steps")
-        lines = {line.get_label(): line for ax in grid[0] for line in ax.get_lines()}
+                if row == 0:
+                    ax.set_title(task)
+                if row == len(DRAWN) - 1:
+                    ax.set_xlabel("optimiser steps")
+                if column == 0:
+                    ax.set_ylabel(TITLES[metric])
         figure.legend([lines[name] for name in names], names, loc="outside right center")
         return save_figure(figure, path)
 

@@ -369,9 +369,32 @@ def test_a_folder_may_be_moved_with_its_data(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["opt.lr=1", "++opt.lr=1", "+seed=3", "method@_global_=sgp"])
-def test_what_differs_from_run_to_run_cannot_be_set_for_all(override):
+def test_what_differs_from_run_to_run_cannot_be_set_for_all(tmp_path, override):
     with pytest.raises(ValueError, match="differs from run to run here"):
-        comparison.check_common([override])
+        Comparison(tmp_path, [override]).check()
+
+
+def test_so_many_times_the_epochs_in_the_search_and_on_test(tmp_path):
+    made = Comparison(tmp_path, ["dtype=float32"], times=4)
+    first, after = made.test_stages("sst2_100", "mle", Setting(1e-3))
+    jobs = [made.tuning_job("sst2_100", "sgp", Setting(1e-3), 100), made.zero_shot_job("sst2_100"), *first, *after]
+    for job in jobs:
+        said = workers.by_key(job.overrides)
+        assert said["train.epochs"] == ("0" if "train.init_adapter" in said else "60")
+        assert said["dtype"] == "float32"
+    assert {job.folder.parts[-3] for job in after} >= {"ensemble", "temperature", "laplace"}
+
+
+@pytest.mark.parametrize(
+    ("times", "common", "said"),
+    [
+        (0, [], "--times 0 trains nothing: take 1 or more"),
+        (2, ["train.epochs=5"], "train.epochs is what --times multiplies: leave one of them out"),
+    ],
+)
+def test_a_length_that_cannot_be(tmp_path, times, common, said):
+    with pytest.raises(ValueError, match=said):
+        Comparison(tmp_path, common, times).check()
 
 
 def test_a_rate_is_not_tried_again_for_its_rounding():

@@ -6,8 +6,7 @@ import json
 import pytest
 
 from benchmarks import longer, longer_report
-from benchmarks.comparison import RATES, SEEDS, Comparison, Setting
-from benchmarks.workers import by_key
+from benchmarks.comparison import RATES, SEEDS, Setting
 from utils.report_rows import Row, write_csv
 
 ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0.05, 0.2, None, None)
@@ -45,16 +44,6 @@ def test_a_setting_that_is_no_more_is_not_taken_for_the_default(tuning, monkeypa
         longer.chosen_in(tuning, "sst2_500")
 
 
-def test_every_run_trains_for_the_epochs_but_those_from_an_adapter(tmp_path):
-    first, after = longer.stages(Comparison(tmp_path, ["dtype=float32"]), "sst2_500", "mle", Setting(0.001), 4)
-    for job in (*first, *after):
-        said = by_key(job.overrides)
-        assert said["train.epochs"] == ("0" if "train.init_adapter" in said else "20")
-        assert said["dtype"] == "float32"
-    assert len(first) == len(SEEDS)
-    assert {job.folder.parts[-3] for job in after} >= {"ensemble", "temperature", "laplace"}
-
-
 def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monkeypatch):
     made = []
 
@@ -81,7 +70,7 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
         longer.main([*command[:-3], str(tmp_path / "empty"), "dtype=float32"])
     for word, said in (
         ("seed=1", "seed differs from run to run here"),
-        ("train.epochs=5", "train.epochs is what --times multiplies here: leave it out"),
+        ("train.epochs=5", "train.epochs is what --times multiplies: leave one of them out"),
         ("--times=0", "--times 0 trains nothing: take 1 or more"),
     ):
         with pytest.raises(SystemExit, match=f"error: {said}"):
