@@ -118,12 +118,17 @@ class LostDeviceError(RuntimeError):
         return self.message
 
 
+class BrokenOffError(RuntimeError):
+    """An error of the GPU ended a run; it answers again, and nothing says that the run is the cause."""
+
+
 def work(job: Job) -> str | None:
     """``execute``; returns how the run diverged, if it did: that is what its settings lead to.
 
     Raises:
         TooLittleMemoryError: if there was too little memory, which says nothing about the settings.
         LostDeviceError: after a pause, so that workers whose GPU answers take the next runs before this one does.
+        BrokenOffError: if the GPU failed for this run alone.
         RuntimeError: for what else went wrong, which says as little.
     """
     _check_device("it answers no more")
@@ -132,7 +137,7 @@ def work(job: Job) -> str | None:
     except DIVERGED as error:
         return one_line(error, CONFIGS)
     except Exception as error:
-        kind = TooLittleMemoryError if lacks_memory(error) else RuntimeError
+        kind = TooLittleMemoryError if lacks_memory(error) else BrokenOffError if _is_of_gpu(error) else RuntimeError
         is_known = kind is TooLittleMemoryError or isinstance(error, train_script.USER_ERRORS)
         failure = one_line(error, CONFIGS) if is_known else f"{type(error).__name__}: {error}"
     else:
@@ -146,14 +151,26 @@ def work(job: Job) -> str | None:
     raise kind(failure)  # without its cause, which need not survive the way to another process
 
 
+def _is_of_gpu(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, is a GPU's."""
+    return isinstance(error, torch.AcceleratorError) or (error.__cause__ is not None and _is_of_gpu(error.__cause__))
+
+
 def _check_device(failure: str) -> None:
     """Raise LostDeviceError where a GPU does nothing more for this process: some CUDA errors end all its work there."""
     if torch.cuda.is_available():
         try:
-            torch.cuda.synchronize()
-        except torch.AcceleratorError:
+            _use_device()
+        except RuntimeError as error:
+            if lacks_memory(error):
+                return
             time.sleep(PAUSE)
             raise LostDeviceError(failure.partition("\n")[0], os.getpid()) from None
+
+
+def _use_device() -> None:
+    torch.cuda.synchronize()
+    torch.rand((), device="cuda")  # fails for ever after a CUDA graph whose recording the GPU broke off
 
 
 class Slots:
@@ -199,7 +216,8 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     A run that found too little memory beside others is made again later, with fewer at a time (``Slots``). One that
     failed for that reason alone, or for another that is not its settings', stops its chain: what follows must not hang
     on a choice without it. A worker whose GPU answers no more hands its run back, and one run fewer goes at most; a run
-    that is there when a second worker is lost has failed, and without workers the work ends.
+    that is there when a second worker is lost has failed, and without workers the work ends. A run that an error of the
+    GPU ended is made once more.
 
     Args:
         pool: where runs are made.
@@ -258,6 +276,11 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
                     heapq.heappush(waiting, turn)
                     print(f"{job.folder} {error}; the GPU still answers {room.most} of {slots} workers", flush=True)
                     continue
+            if isinstance(error, BrokenOffError) and not cost[job.folder]:
+                cost[job.folder] += 1
+                heapq.heappush(waiting, turn)
+                print(f"{job.folder} {error}; once more, later", flush=True)
+                continue
             result = error or future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)
             if error:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import comparison, workers
 from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen, finalists
-from benchmarks.workers import Job, LostDeviceError, Slots, run_chains
+from benchmarks.workers import BrokenOffError, Job, LostDeviceError, Slots, run_chains
 from pipeline.processes import processes
 from pipeline.run import CONFIGS
 from utils.llm.errors import TooLittleMemoryError
@@ -143,12 +143,12 @@ def gpu(monkeypatch) -> list[bool]:
     """A GPU; whether it answers, from now on and after each run in turn."""
     answers: list[bool] = []
 
-    def synchronize() -> None:
+    def use() -> None:
         if not answers.pop(0):
-            raise torch.AcceleratorError("CUDA error: device(s) is/are busy or unavailable\nSearch for it")
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(workers, "_use_device", use)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(workers, "PAUSE", 0.0)
     return answers
@@ -162,9 +162,46 @@ def test_a_gpu_that_answers_no_more_is_told_from_failures(tmp_path, monkeypatch,
     assert failed.value.worker == os.getpid()
     assert pickle.loads(pickle.dumps(failed.value)).worker == os.getpid(), "it comes from another process"
     gpu += [True, True]
-    with pytest.raises(RuntimeError, match="unspecified launch failure") as failed:
+    with pytest.raises(BrokenOffError, match="unspecified launch failure"):
         workers.work(Job(tmp_path, (), True))
-    assert not isinstance(failed.value, LostDeviceError), "the next run finds the GPU as it was"
+
+
+def test_a_recording_that_the_gpu_broke_off_is_told_from_one_that_cannot_be(tmp_path, monkeypatch, gpu):
+    for cause, kind in ((torch.AcceleratorError("busy"), BrokenOffError), (TypeError("no"), RuntimeError)):
+        error = RuntimeError("a training step cannot be recorded")
+        error.__cause__ = cause
+        fail_with(error, monkeypatch)
+        gpu += [True, True]
+        with pytest.raises(RuntimeError, match="cannot be recorded") as failed:
+            workers.work(Job(tmp_path, (), True))
+        assert type(failed.value) is kind
+
+
+def test_a_gpu_that_others_have_filled_is_not_lost(tmp_path, monkeypatch, gpu):
+    def use() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(workers, "_use_device", use)
+    monkeypatch.setattr(workers, "execute", lambda job: None)
+    assert workers.work(Job(tmp_path, (), True)) is None
+
+
+def test_a_run_that_the_gpu_broke_off_is_made_once_more(tmp_path, monkeypatch, capsys):
+    tries: list[str] = []
+
+    def work(job: Job) -> None:
+        tries.append(job.folder.name)
+        if job.folder.name == "b" or len(tries) == 1:
+            raise BrokenOffError("CUDA error: busy")
+        job.folder.mkdir()
+        (job.folder / "reliability.json").touch()
+
+    monkeypatch.setattr(workers, "work", work)
+    assert run_chains(Serial(), [iter([(0, jobs(tmp_path, "a"))])], slots=1)
+    assert tries == ["a", "a"]
+    assert f"{tmp_path / 'a'} CUDA error: busy; once more, later" in capsys.readouterr().out
+    assert not run_chains(Serial(), [iter([(0, jobs(tmp_path, "b"))])], slots=1)
+    assert tries == ["a", "a", "b", "b"]
 
 
 def test_a_worker_without_its_gpu_begins_no_run(tmp_path, monkeypatch, gpu):
