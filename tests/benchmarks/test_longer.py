@@ -77,7 +77,9 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
             longer.main([*command, word])
 
 
-def test_a_rule_alone_trains_nothing_of_the_other(tmp_path, tuning, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """Folders of the runs that are asked for; none is made."""
     made = []
 
     def run_chains(pool, chains, jobs, seconds):
@@ -85,25 +87,22 @@ def test_a_rule_alone_trains_nothing_of_the_other(tmp_path, tuning, monkeypatch)
         return True
 
     monkeypatch.setattr(longer, "run_chains", run_chains)
+    return made
+
+
+def test_a_rule_alone_trains_nothing_of_the_other(tmp_path, tuning, asked):
     command = [str(tuning), "--times", "1", "--rules", "acc", "--tasks", "sst2_500", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="no run has finished"):
         longer.main(command)
-    assert {folder.parts[-2] for folder in made if "/mle/" in str(folder)} == {"0.002_own"}
+    assert {folder.parts[-2] for folder in asked if "/mle/" in str(folder)} == {"0.002_own"}
 
 
-def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, monkeypatch):
-    made = []
-
-    def run_chains(pool, chains, jobs, seconds):
-        made.extend(job.folder for chain in chains for _, stage in chain for job in stage)
-        return True
-
-    monkeypatch.setattr(longer, "run_chains", run_chains)
+def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, asked):
     with pytest.raises(SystemExit, match="no run has finished"):
         longer.main([str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
-    assert not any("/temperature/" in str(folder) for folder in made), "no adapter to start from"
-    assert sum("/mle/" in str(folder) for folder in made) == 2 * len(SEEDS), "the settings of both rules"
-    assert sum("/map/" in str(folder) for folder in made) == len(SEEDS), "one setting, chosen by both"
+    assert not any("/temperature/" in str(folder) for folder in asked), "no adapter to start from"
+    assert sum("/mle/" in str(folder) for folder in asked) == 2 * len(SEEDS), "the settings of both rules"
+    assert sum("/map/" in str(folder) for folder in asked) == len(SEEDS), "one setting, chosen by both"
 
 
 def test_lists_keep_the_tasks_of_earlier_calls(tmp_path, tuning, monkeypatch):
