@@ -139,21 +139,21 @@ class Comparison(NamedTuple):
         """The command line of a run; ``tuned_as`` names the method whose setting it is, if another."""
         own = OWN.get(tuned_as or method, {}).get(setting.own, ())
         which = (f"method={method}", f"opt.lr={setting.rate:g}", f"seed={seed}")
-        return (*COMMON, *self.task(task), *which, *own, *more, *self.common)
+        return (*COMMON, *self.of_task(task), *which, *own, *more, *self.common)
 
-    def task(self, name: str) -> tuple[str, ...]:
+    def of_task(self, task: str) -> tuple[str, ...]:
         """What a task is on the command line."""
-        of = TASKS[name]
+        of = TASKS[task]
         return of if self.times == 1 else (*of, f"{EPOCHS}={self.times * int(by_key(of)[EPOCHS])}")
 
     def check(self) -> None:
         """Raise ValueError, before any run, for what would undo the comparison."""
         if undone := [key for key in by_key(self.common) if key in VARIED]:
             raise ValueError(f"{undone[0]} differs from run to run here: leave it out")
-        if self.times < 1:
-            raise ValueError(f"--times {self.times} trains nothing: take 1 or more")
+        if not isinstance(self.times, int) or self.times < 1:
+            raise ValueError(f"times is {self.times}: take a whole number from 1 on")
         if self.times > 1 and EPOCHS in by_key(self.common):
-            raise ValueError(f"{EPOCHS} is what --times multiplies: leave one of them out")
+            raise ValueError(f"{EPOCHS} is what times multiplies: leave one of them out")
 
     def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
         """One setting of the search with one seed."""
@@ -189,7 +189,7 @@ class Comparison(NamedTuple):
 
     def zero_shot_job(self, task: str) -> Job:
         """The base model, which no seed changes."""
-        overrides = (*COMMON, *self.task(task), "method=zero_shot", "seed=0", *self.common)
+        overrides = (*COMMON, *self.of_task(task), "method=zero_shot", "seed=0", *self.common)
         return Job(self.out / "final" / task / "zero_shot", overrides, True)
 
     def by_seed(self, task: str, method: str, setting: Setting) -> dict[int, Metrics]:

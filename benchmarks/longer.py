@@ -4,9 +4,10 @@
     python -m utils.report $(cat outputs/longer/by_acc.txt) --out outputs/longer/by_acc
 
 A comparison stops training where its tasks say (``TASKS``), and its search finds for every method the settings that do
-well up to there. Here each method keeps the settings that the search chose, by either rule, and trains for ``--times``
-as many epochs; three seeds, test data, nothing chosen anew. Finished runs are skipped, ``by_<rule>.txt`` lists the
-runs. ``--times 1`` makes a comparison's runs on test again from its search alone.
+well up to there. Here each method keeps the settings that the search chose, by either rule or the one that ``--rules``
+names, and trains for ``--times`` as many epochs; three seeds, test data, nothing chosen anew. Finished runs are
+skipped, ``by_<rule>.txt`` lists the runs. ``--times 1`` makes a comparison's runs on test again from its search alone,
+but for the base model's.
 """
 
 import json
@@ -70,7 +71,7 @@ def run(
         tasks: names in ``TASKS``.
         jobs: runs at a time.
         seconds: no run starts later than this.
-        rules: names in ``RULES``; settings that the others chose are not trained.
+        rules: names in ``RULES``; what the others chose is neither trained nor listed.
 
     Raises:
         ValueError: before any run: for an override of what is compared, if a search is missing, or the folder holds
@@ -80,30 +81,30 @@ def run(
     comparison.check()
     begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
     of = {
-        (task, method): rules
+        (task, method): {rule: setting for rule, setting in found.items() if rule in rules}
         for task in dict.fromkeys((*tasks, *begun))
-        for method, rules in chosen_in(tuning, task).items()
+        for method, found in chosen_in(tuning, task).items()
     }
-    write_lists(comparison, of)  # refuses a folder of other settings before any run
+    write_lists(comparison, of, rules)  # refuses a folder of other settings before any run
 
     def chain(task: str, method: str, setting: Setting) -> Chain:
         for stage in comparison.test_stages(task, method, setting):
             yield 0, startable(stage)
 
-    asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
+    asked = {(*key, setting): None for key, found in of.items() if key[0] in tasks for setting in found.values()}
     with processes(jobs) as pool:
         complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
-    if not write_lists(comparison, of):
+    if not write_lists(comparison, of, rules):
         raise RuntimeError("no run has finished: see the lines above")
     if not complete:
         print("not complete: the same command goes on")
 
 
-def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]]) -> int:
+def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], rules: Collection[str]) -> int:
     """By rule the finished runs of all tasks begun; returns how many there are."""
     count = 0
-    for rule in RULES:
-        both = [comparison.test_stages(*key, rules[rule]) for key, rules in of.items()]
+    for rule in rules:
+        both = [comparison.test_stages(*key, found[rule]) for key, found in of.items()]
         count += comparison.write_list(rule, [job for first, after in both for job in (*first, *after)])
     return count
 

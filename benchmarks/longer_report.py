@@ -70,13 +70,13 @@ def steps(of: Ends) -> tuple[int, int]:
 
 
 def markdown(tasks: dict[str, Ends]) -> str:
-    """NLL in nats; ACC and ECE in per cent; means over seeds, before and after."""
-    head = ["task (steps)", "method", "seeds", "ACC %", "NLL", "ECE %"]
+    """NLL in nats; ACC and ECE in per cent; means over seeds; MC is what they predict by; before and after."""
+    head = ["task (steps)", "method", "seeds", "MC", "ACC %", "NLL", "ECE %"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task, of in tasks.items():
         begun, ended = steps(of)
         for name, ends in of.items():
-            cells = []
+            cells = [" → ".join(rows[0].mc for rows in ends)]
             for metric in ("acc", "nll", "ece"):
                 factor, digits = (1, 3) if metric == "nll" else (100, 1)
                 cells.append(" → ".join(f"{factor * fmean(values(rows, metric)):.{digits}f}" for rows in ends))

@@ -145,14 +145,14 @@ def work(job: Job) -> str | None:
     finally:
         gc.collect()
         if torch.cuda.is_available():
-            with contextlib.suppress(torch.AcceleratorError):
+            with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
     _check_device(failure)
     raise kind(failure)  # without its cause, which need not survive the way to another process
 
 
 def _is_of_gpu(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, is a GPU's."""
+    """Whether an error, or what it was raised from, was reported by CUDA itself; why is not told apart."""
     return isinstance(error, torch.AcceleratorError) or (error.__cause__ is not None and _is_of_gpu(error.__cause__))
 
 
@@ -170,7 +170,7 @@ def _check_device(failure: str) -> None:
 
 def _use_device() -> None:
     torch.cuda.synchronize()
-    torch.rand((), device="cuda")  # fails for ever after a CUDA graph whose recording the GPU broke off
+    torch.rand((), device="cuda")  # a recording that the GPU broke off can leave nothing to draw from
 
 
 class Slots:
@@ -216,8 +216,8 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     A run that found too little memory beside others is made again later, with fewer at a time (``Slots``). One that
     failed for that reason alone, or for another that is not its settings', stops its chain: what follows must not hang
     on a choice without it. A worker whose GPU answers no more hands its run back, and one run fewer goes at most; a run
-    that is there when a second worker is lost has failed, and without workers the work ends. A run that an error of the
-    GPU ended is made once more.
+    that is there when a second worker is lost has failed, and without workers the work ends. A run that an error of
+    the GPU ended is made once more, after its stage's others.
 
     Args:
         pool: where runs are made.
@@ -236,7 +236,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
     left = [0] * len(chains)
     complete = True
     running: dict[Future[str | None], tuple[int, int, int, Job]] = {}
-    room, lost, cost = Slots(slots), set[int](), Counter[Path]()
+    room, lost, cost, broken_off = Slots(slots), set[int](), Counter[Path](), set[Path]()
 
     def advance(index: int) -> None:
         while not left[index]:
@@ -276,9 +276,10 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
                     heapq.heappush(waiting, turn)
                     print(f"{job.folder} {error}; the GPU still answers {room.most} of {slots} workers", flush=True)
                     continue
-            if isinstance(error, BrokenOffError) and not cost[job.folder]:
-                cost[job.folder] += 1
-                heapq.heappush(waiting, turn)
+            if isinstance(error, BrokenOffError) and job.folder not in broken_off:
+                broken_off.add(job.folder)
+                priority = turn[0]
+                heapq.heappush(waiting, (priority, index, next(order), job))
                 print(f"{job.folder} {error}; once more, later", flush=True)
                 continue
             result = error or future.result() or "done"

@@ -13,15 +13,17 @@ def recording(*generators: torch.Generator) -> Iterator[None]:
     """Around the recording of a CUDA graph: if it fails, give its random generators, and the GPU's own, new states.
 
     A capture that could not end leaves the states marked as being captured, and no random number could be drawn from
-    them again in this process; and it leaves its stream the current one.
+    them again in this process; and it leaves its stream the current one. A GPU that broke the capture off may refuse
+    the stream too, so the states come first.
     """
     stream = torch.cuda.current_stream()
+    drawn_from = (torch.cuda.default_generators[torch.cuda.current_device()], *generators)
     try:
         yield
     except RuntimeError:
-        torch.cuda.set_stream(stream)
-        for generator in (torch.cuda.default_generators[torch.cuda.current_device()], *generators):
+        for generator in drawn_from:
             generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.set_stream(stream)
         raise
 
 

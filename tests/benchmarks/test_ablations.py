@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from benchmarks.ablations import SETTINGS, job_of, markdown, results, write
+from benchmarks.ablations import SETTINGS, job_of, main, markdown, results, write
 from pipeline.run import CONFIGS
 from utils.settings import compose
 
@@ -51,3 +51,10 @@ def test_the_csv_can_be_read_again_whatever_the_label(tmp_path):
     with (tmp_path / "ablations.csv").open() as file:
         assert list(csv.DictReader(file)) == [{name: str(value) for name, value in row.items()} for row in rows]
     assert (tmp_path / "ablations.md").read_text() == markdown(rows)
+
+
+def test_what_differs_from_run_to_run_is_refused_before_any(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--rate", "1e-3", "--out", str(tmp_path / "out"), "seed=1"])
+    assert "seed differs from run to run here: leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -166,7 +166,7 @@ def test_a_gpu_that_answers_no_more_is_told_from_failures(tmp_path, monkeypatch,
         workers.work(Job(tmp_path, (), True))
 
 
-def test_a_recording_that_the_gpu_broke_off_is_told_from_one_that_cannot_be(tmp_path, monkeypatch, gpu):
+def test_an_error_of_the_gpu_is_told_by_its_cause_too(tmp_path, monkeypatch, gpu):
     for cause, kind in ((torch.AcceleratorError("busy"), BrokenOffError), (TypeError("no"), RuntimeError)):
         error = RuntimeError("a training step cannot be recorded")
         error.__cause__ = cause
@@ -200,8 +200,21 @@ def test_a_run_that_the_gpu_broke_off_is_made_once_more(tmp_path, monkeypatch, c
     assert run_chains(Serial(), [iter([(0, jobs(tmp_path, "a"))])], slots=1)
     assert tries == ["a", "a"]
     assert f"{tmp_path / 'a'} CUDA error: busy; once more, later" in capsys.readouterr().out
-    assert not run_chains(Serial(), [iter([(0, jobs(tmp_path, "b"))])], slots=1)
-    assert tries == ["a", "a", "b", "b"]
+    assert not run_chains(Serial(), [iter([(0, jobs(tmp_path, "b", "c"))])], slots=1)
+    assert tries == ["a", "a", "b", "c", "b"], "after the others"
+
+
+def test_a_worker_that_is_lost_does_not_count_as_a_run_broken_off(tmp_path, monkeypatch):
+    errors = [LostDeviceError("gone", 0), BrokenOffError("busy")]
+
+    def work(job: Job) -> None:
+        if errors:
+            raise errors.pop(0)
+        job.folder.mkdir()
+        (job.folder / "reliability.json").touch()
+
+    monkeypatch.setattr(workers, "work", work)
+    assert run_chains(Serial(), [iter([(0, jobs(tmp_path, "a"))])], slots=2)
 
 
 def test_a_worker_without_its_gpu_begins_no_run(tmp_path, monkeypatch, gpu):
@@ -425,13 +438,20 @@ def test_so_many_times_the_epochs_in_the_search_and_on_test(tmp_path):
 @pytest.mark.parametrize(
     ("times", "common", "said"),
     [
-        (0, [], "--times 0 trains nothing: take 1 or more"),
-        (2, ["train.epochs=5"], "train.epochs is what --times multiplies: leave one of them out"),
+        (0, [], "times is 0: take a whole number from 1 on"),
+        (1.5, [], "times is 1.5: take a whole number"),
+        (None, [], "times is None: take a whole number"),
+        (2, ["train.epochs=5"], "train.epochs is what times multiplies: leave one of them out"),
     ],
 )
 def test_a_length_that_cannot_be(tmp_path, times, common, said):
     with pytest.raises(ValueError, match=said):
         Comparison(tmp_path, common, times).check()
+
+
+def test_the_command_passes_the_length_on(tmp_path):
+    with pytest.raises(SystemExit, match="error: times is 0"):
+        comparison.main(["--times", "0", "--out", str(tmp_path)])
 
 
 def test_a_rate_is_not_tried_again_for_its_rounding():

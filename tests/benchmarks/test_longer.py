@@ -70,8 +70,8 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
         longer.main([*command[:-3], str(tmp_path / "empty"), "dtype=float32"])
     for word, said in (
         ("seed=1", "seed differs from run to run here"),
-        ("train.epochs=5", "train.epochs is what --times multiplies: leave one of them out"),
-        ("--times=0", "--times 0 trains nothing: take 1 or more"),
+        ("train.epochs=5", "train.epochs is what times multiplies: leave one of them out"),
+        ("--times=0", "times is 0: take a whole number from 1 on"),
     ):
         with pytest.raises(SystemExit, match=f"error: {said}"):
             longer.main([*command, word])
@@ -144,9 +144,9 @@ def reports(tmp_path):
 def test_table_and_figure(reports, tmp_path):
     longer_report.main([*reports, "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "longer.md").read_text().splitlines()[2:] == [
-        "| sst2 (500) (160 → 640) | mle | 2 | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
-        "| sst2 (500) (160 → 640) | sgp | 3 | 90.0 → 90.0 | 0.300 → 0.600 | 5.0 → 5.0 |",
-        "| sst2 (500) (160 → 640) | tfb | 2 | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
+        "| sst2 (500) (160 → 640) | mle | 2 | mean → mean | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
+        "| sst2 (500) (160 → 640) | sgp | 3 | mean → mean | 90.0 → 90.0 | 0.300 → 0.600 | 5.0 → 5.0 |",
+        "| sst2 (500) (160 → 640) | tfb | 2 | mean → mean | 90.0 → 90.0 | 0.250 → 0.550 | 5.0 → 5.0 |",
     ], "the seeds of both; neither the base model nor a method with a single seed"
     assert (tmp_path / "out" / "longer.png").read_bytes().startswith(b"\x89PNG")
 
@@ -161,3 +161,18 @@ def test_reports_that_do_not_belong_together(reports, tmp_path, capsys):
     with pytest.raises(SystemExit):
         longer_report.main([reports[0], str(other)])
     assert "is of several models (m, n): report one at a time" in capsys.readouterr().err
+
+
+def test_tasks_go_below_where_there_are_many(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(longer_report, "save_figure", lambda figure, path: figures.append(figure))
+    after = dataclasses.replace(ROW, steps=640, nll=0.5, ece=0.1)
+    tasks = {f"task{i}": {name: ([ROW], [after]) for name in ("mle", "sgp")} for i in range(longer_report.ACROSS + 1)}
+    longer_report.draw(tasks, tmp_path / "longer.png")
+    drawn = [ax for ax in figures[0].axes if ax.axison]
+    assert [ax.get_title() for ax in drawn if ax.get_title()] == list(tasks)
+    assert len(drawn) == 2 * len(tasks)
+    for ax in drawn:
+        before, later = (0.3, 0.5) if ax.get_title() else (0.05, 0.1)
+        assert all(list(line.get_ydata()) == [before, later] for line in ax.get_lines())
+        assert ax.get_xlabel() == ("" if ax.get_title() else "optimiser steps")
