@@ -144,7 +144,7 @@ class Comparison(NamedTuple):
     def of_task(self, task: str) -> tuple[str, ...]:
         """What a task is on the command line."""
         of = TASKS[task]
-        return of if self.times == 1 else (*of, f"{EPOCHS}={self.times * int(by_key(of)[EPOCHS])}")
+        return (*of, f"{EPOCHS}={self.times * int(by_key(of)[EPOCHS])}")
 
     def check(self) -> None:
         """Raise ValueError, before any run, for what would undo the comparison."""

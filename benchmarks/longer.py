@@ -81,7 +81,7 @@ def run(
     comparison.check()
     begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
     of = {
-        (task, method): {rule: setting for rule, setting in found.items() if rule in rules}
+        (task, method): found
         for task in dict.fromkeys((*tasks, *begun))
         for method, found in chosen_in(tuning, task).items()
     }
@@ -91,7 +91,7 @@ def run(
         for stage in comparison.test_stages(task, method, setting):
             yield 0, startable(stage)
 
-    asked = {(*key, setting): None for key, found in of.items() if key[0] in tasks for setting in found.values()}
+    asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
     with processes(jobs) as pool:
         complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
     if not write_lists(comparison, of, rules):

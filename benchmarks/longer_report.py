@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.tried import FOREMOST
 from utils.plots import COLOURS, STYLE, TITLES, drawn_line_look, save_figure
+from utils.report_figures import PER_ROW
 from utils.report_rows import ZERO_SHOT, Row, read_csv
 from utils.report_tables import columns, values
 from utils.run import write_text_atomic
@@ -25,8 +26,6 @@ from utils.run import write_text_atomic
 LOOK = {"color": "black", "marker": "s", "linewidth": 3.0}
 """How the foremost method is drawn."""
 DRAWN = ("nll", "ece")
-ACROSS = 4
-"""Tasks side by side; more go below."""
 Ends = dict[str, tuple[list[Row], list[Row]]]
 """By method its rows before and after, one per seed."""
 
@@ -88,7 +87,7 @@ def draw(tasks: dict[str, Ends], path: Path) -> Path:
     """A column per task, in blocks of a row per metric; methods that take no steps of their own are left out."""
     trained = {name for of in tasks.values() for name, (_, after) in of.items() if after[0].steps}
     names = sorted(trained, key=lambda name: (name == FOREMOST, name))
-    across, blocks = min(len(tasks), ACROSS), math.ceil(len(tasks) / ACROSS)
+    across, blocks = min(len(tasks), PER_ROW), math.ceil(len(tasks) / PER_ROW)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * across + 1.8, 2.8 * len(DRAWN) * blocks), layout="constrained")
         grid = figure.subplots(len(DRAWN) * blocks, across, squeeze=False)
@@ -96,7 +95,7 @@ def draw(tasks: dict[str, Ends], path: Path) -> Path:
             ax.set_axis_off()
         lines = {}
         for place, (task, of) in enumerate(tasks.items()):
-            block, column = divmod(place, ACROSS)
+            block, column = divmod(place, PER_ROW)
             for row, metric in enumerate(DRAWN):
                 ax = grid[block * len(DRAWN) + row, column]
                 ax.set_axis_on()

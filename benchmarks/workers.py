@@ -257,30 +257,29 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
         among = len(running)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             turn = running.pop(future)
-            _, index, _, job = turn
+            priority, index, _, job = turn
             error = future.exception()
             if isinstance(error, BrokenExecutor):
                 print(f"{job.folder}: {DEAD_WORKER}: use fewer jobs", flush=True)
                 return False
+            again = ""
             if isinstance(error, TooLittleMemoryError) and among > 1:
                 room.shrink(among)
-                heapq.heappush(waiting, turn)
-                print(f"{job.folder} {error}; again later, {room.now} runs at a time", flush=True)
-                continue
-            if isinstance(error, LostDeviceError):
+                again = f"again later, {room.now} runs at a time"
+            elif isinstance(error, LostDeviceError):
                 if error.worker not in lost:
                     lost.add(error.worker)
                     cost[job.folder] += 1
                     room.lose()
                 if cost[job.folder] < 2:
-                    heapq.heappush(waiting, turn)
-                    print(f"{job.folder} {error}; the GPU still answers {room.most} of {slots} workers", flush=True)
-                    continue
-            if isinstance(error, BrokenOffError) and job.folder not in broken_off:
+                    again = f"the GPU still answers {room.most} of {slots} workers"
+            elif isinstance(error, BrokenOffError) and job.folder not in broken_off:
                 broken_off.add(job.folder)
-                priority = turn[0]
-                heapq.heappush(waiting, (priority, index, next(order), job))
-                print(f"{job.folder} {error}; once more, later", flush=True)
+                turn = (priority, index, next(order), job)
+                again = "once more, later"
+            if again:
+                heapq.heappush(waiting, turn)
+                print(f"{job.folder} {error}; {again}", flush=True)
                 continue
             result = error or future.result() or "done"
             print(f"[{next(done)}, {len(waiting)} waiting] {job.folder} {result}", flush=True)

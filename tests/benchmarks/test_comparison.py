@@ -50,6 +50,12 @@ def test_finalists_are_the_best_by_either_rule(monkeypatch):
     assert finalists({}) == []
 
 
+def finish(job: Job) -> None:
+    """Leave what a run on test leaves last."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "reliability.json").touch()
+
+
 class Serial(Executor):
     """This process alone."""
 
@@ -71,8 +77,7 @@ def made(monkeypatch) -> list[str]:
         order.append(job.folder.name)
         if "fails" in job.folder.name:
             return "error: it fails"
-        job.folder.mkdir(parents=True)
-        (job.folder / "reliability.json").touch()
+        finish(job)
         return None
 
     monkeypatch.setattr(workers, "work", work)
@@ -193,8 +198,7 @@ def test_a_run_that_the_gpu_broke_off_is_made_once_more(tmp_path, monkeypatch, c
         tries.append(job.folder.name)
         if job.folder.name == "b" or len(tries) == 1:
             raise BrokenOffError("CUDA error: busy")
-        job.folder.mkdir()
-        (job.folder / "reliability.json").touch()
+        finish(job)
 
     monkeypatch.setattr(workers, "work", work)
     assert run_chains(Serial(), [iter([(0, jobs(tmp_path, "a"))])], slots=1)
@@ -210,8 +214,7 @@ def test_a_worker_that_is_lost_does_not_count_as_a_run_broken_off(tmp_path, monk
     def work(job: Job) -> None:
         if errors:
             raise errors.pop(0)
-        job.folder.mkdir()
-        (job.folder / "reliability.json").touch()
+        finish(job)
 
     monkeypatch.setattr(workers, "work", work)
     assert run_chains(Serial(), [iter([(0, jobs(tmp_path, "a"))])], slots=2)
@@ -248,8 +251,7 @@ class Losing(Executor):
         if worker in self.lost:
             future.set_exception(LostDeviceError("CUDA error: gone", worker))
         else:
-            job.folder.mkdir()
-            (job.folder / "reliability.json").touch()
+            finish(job)
             future.set_result(None)
         return future
 
@@ -290,8 +292,7 @@ class Together(Executor):
             if i >= self.most:
                 future.set_exception(TooLittleMemoryError("too little"))
             else:
-                job.folder.mkdir()
-                (job.folder / "reliability.json").touch()
+                finish(job)
                 future.set_result(None)
         self.open = []
 

@@ -167,7 +167,7 @@ def test_tasks_go_below_where_there_are_many(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(longer_report, "save_figure", lambda figure, path: figures.append(figure))
     after = dataclasses.replace(ROW, steps=640, nll=0.5, ece=0.1)
-    tasks = {f"task{i}": {name: ([ROW], [after]) for name in ("mle", "sgp")} for i in range(longer_report.ACROSS + 1)}
+    tasks = {f"task{i}": {name: ([ROW], [after]) for name in ("mle", "sgp")} for i in range(longer_report.PER_ROW + 1)}
     longer_report.draw(tasks, tmp_path / "longer.png")
     drawn = [ax for ax in figures[0].axes if ax.axison]
     assert [ax.get_title() for ax in drawn if ax.get_title()] == list(tasks)
