@@ -219,12 +219,13 @@ class Comparison(NamedTuple):
         yield screen([Setting(rate, own) for rate in sorted(best) for own in OWN[method]])
         yield [self.tuning_job(task, method, setting, seed) for setting in finalists(screened()) for seed in others]
 
-    def chain(self, task: str, method: str) -> Chain:
-        """Search, then the runs on test by both rules; those of the second, of less interest, come last of all."""
+    def chain(self, task: str, method: str, rules: Sequence[str] = tuple(RULES)) -> Chain:
+        """Search, then the runs on test by rule; those of rules after the first, of less interest, come last of all."""
         tried: list[Setting] = []
         for jobs in self.search(task, method, tried):
             yield 0, jobs
-        for priority, setting in enumerate(chosen(self.found(task, method, tried, TUNING_SEEDS)).values()):
+        best = chosen(self.found(task, method, tried, TUNING_SEEDS))
+        for priority, setting in enumerate(best[rule] for rule in rules if best):
             first, after = self.test_stages(task, method, setting)
             yield priority, first
             base = [self.zero_shot_job(task)] if method == "mle" else []
@@ -237,25 +238,34 @@ class Comparison(NamedTuple):
             pass
         return tried
 
-    def run(self, names: Sequence[str], jobs: int, seconds: float = float("inf")) -> None:
+    def run(
+        self,
+        names: Sequence[str],
+        jobs: int,
+        seconds: float = float("inf"),
+        rules: Sequence[str] = tuple(RULES),
+    ) -> None:
         """Search, train and test.
 
         Args:
             names: of tasks and grids.
             jobs: runs at a time.
             seconds: no run starts later than this.
+            rules: names in ``RULES``, in order of importance; what only others choose is not trained for the test.
 
         Raises:
-            ValueError: before any run: for an unknown name, an override of what is compared (``VARIED``), or a folder
-                that holds runs with other settings.
+            ValueError: before any run: for an unknown task or rule, an override of what is compared (``VARIED``), or a
+                folder that holds runs with other settings.
             RuntimeError: if no run on test has finished.
         """
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
             raise ValueError(f"unknown task {unknown[0]}; there are {', '.join((*GRIDS, *TASKS))}")
+        if unknown := [rule for rule in rules if rule not in RULES]:
+            raise ValueError(f"unknown rule {unknown[0]}; there are {', '.join(RULES)}")
         self.check()
         self.write_lists(self.begun())  # refuses a folder of other settings before any run
         tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
-        chains = [self.chain(task, method) for task in tasks for method in RATES]
+        chains = [self.chain(task, method, rules) for task in tasks for method in RATES]
         with processes(jobs) as pool:
             complete = run_chains(pool, chains, jobs, seconds)
         self.write_lists(self.begun())
@@ -335,10 +345,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, Path("outputs/comparison"))
     parser.add_argument("--tasks", nargs="+", choices=[*GRIDS, *TASKS], default=["small"])
     parser.add_argument("--times", type=int, default=1, help="so many times the tasks' epochs, in the search too")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="in order of importance")
     arguments = parse(parser, argv)
     try:
         comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
-        comparison.run(arguments.tasks, arguments.jobs, arguments.seconds)
+        comparison.run(arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

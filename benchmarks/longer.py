@@ -6,8 +6,8 @@
 A comparison stops training where its tasks say (``TASKS``), and its search finds for every method the settings that do
 well up to there. Here each method keeps the settings that the search chose, by either rule or the one that ``--rules``
 names, and trains for ``--times`` as many epochs; three seeds, test data, nothing chosen anew. Finished runs are
-skipped, ``by_<rule>.txt`` lists the runs. ``--times 1`` makes a comparison's runs on test again from its search alone,
-but for the base model's.
+skipped, ``by_<rule>.txt`` lists the runs. ``--methods`` names those of interest; what they start from is trained too.
+``--times 1`` makes a comparison's runs on test again from its search alone, but for the base model's.
 """
 
 import json
@@ -16,7 +16,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.comparison import (
+    AS,
     OWN,
+    POST_HOC,
     RATES,
     RULES,
     TASKS,
@@ -27,8 +29,12 @@ from benchmarks.comparison import (
     means,
 )
 from benchmarks.options import parse, parser_of
-from benchmarks.workers import Chain, run_chains, startable
+from benchmarks.workers import Chain, by_key, run_chains, startable
 from pipeline.processes import processes
+
+AFTER = {method: (*AS.get(method, ()), *POST_HOC.get(method, ())) for method in RATES}
+"""By method the others that have its setting or start from its adapters."""
+METHODS = [name for method, others in AFTER.items() for name in (method, *others)]
 
 
 def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
@@ -62,6 +68,7 @@ def run(
     jobs: int,
     seconds: float = float("inf"),
     rules: Collection[str] = tuple(RULES),
+    methods: Collection[str] = tuple(METHODS),
 ) -> None:
     """Train and test.
 
@@ -72,6 +79,7 @@ def run(
         jobs: runs at a time.
         seconds: no run starts later than this.
         rules: names in ``RULES``; what the others chose is neither trained nor listed.
+        methods: names in ``METHODS``; others are trained only where one of these starts from them.
 
     Raises:
         ValueError: before any run: for an override of what is compared, if a search is missing, or the folder holds
@@ -88,10 +96,17 @@ def run(
     write_lists(comparison, of, rules)  # refuses a folder of other settings before any run
 
     def chain(task: str, method: str, setting: Setting) -> Chain:
-        for stage in comparison.test_stages(task, method, setting):
-            yield 0, startable(stage)
+        first, after = comparison.test_stages(task, method, setting)
+        if not {method, *POST_HOC.get(method, ())}.isdisjoint(methods):
+            yield 0, first
+        yield 0, startable([job for job in after if by_key(job.overrides)["method"] in methods])
 
-    asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
+    asked = {
+        (task, method, found[rule]): None
+        for (task, method), found in of.items()
+        if task in tasks and not {method, *AFTER[method]}.isdisjoint(methods)
+        for rule in rules
+    }
     with processes(jobs) as pool:
         complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
     if not write_lists(comparison, of, rules):
@@ -116,10 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--times", type=int, required=True, help="so many times the epochs of the comparison")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2_500", "arc_e_500", "obqa_500"])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="whose settings to train")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="those of interest")
     arguments = parse(parser, argv)
     try:
         comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
-        run(comparison, arguments.tuning, arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
+        which = (arguments.rules, arguments.methods)
+        run(comparison, arguments.tuning, arguments.tasks, arguments.jobs, arguments.seconds, *which)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 

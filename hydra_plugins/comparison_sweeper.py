@@ -19,14 +19,18 @@ class ComparisonSweeper(Sweeper):
         jobs: runs at a time.
         seconds: no run starts later than this; null: no limit.
         times: so many times the tasks' epochs.
+        rules: by what settings are chosen (nll, acc), in order of importance.
         params: of Hydra's own sweeper; not used.
     """
 
-    def __init__(self, tasks: list[str], jobs: int, seconds: float | None, times: int, params: Any = None) -> None:
+    def __init__(
+        self, tasks: list[str], jobs: int, seconds: float | None, times: int, rules: list[str], params: Any = None
+    ) -> None:
         self.tasks = tasks
         self.jobs = jobs
         self.seconds = float("inf") if seconds is None else seconds
         self.times = times
+        self.rules = rules
         self._folder = Path()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -38,4 +42,4 @@ class ComparisonSweeper(Sweeper):
         from benchmarks.comparison import Comparison  # every start of any program here looks at this file
 
         common = [argument for argument in arguments if not argument.startswith("experiment=")]
-        Comparison(self._folder.resolve(), common, self.times).run(self.tasks, self.jobs, self.seconds)
+        Comparison(self._folder.resolve(), common, self.times).run(self.tasks, self.jobs, self.seconds, self.rules)

@@ -59,10 +59,10 @@ def test_the_experiment_is_a_comparison_in_the_folder_of_the_sweep(tmp_path):
 def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(Comparison, "run", lambda self, *arguments: said.append((self, *arguments)))
-    sweeper = ComparisonSweeper(["sst2_500", "small"], 3, None, 4, params={"paths": "sweep"})
+    sweeper = ComparisonSweeper(["sst2_500", "small"], 3, None, 4, ["acc"], params={"paths": "sweep"})
     sweeper.setup(
         hydra_context=None, task_function=None, config=OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     )
     sweeper.sweep(["experiment=benchmark_small", "llm=tiny", "paths.data_dir=x"])
     comparison = Comparison(tmp_path, ["llm=tiny", "paths.data_dir=x"], times=4)
-    assert said == [(comparison, ["sst2_500", "small"], 3, float("inf"))]
+    assert said == [(comparison, ["sst2_500", "small"], 3, float("inf"), ["acc"])]

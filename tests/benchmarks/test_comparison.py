@@ -495,6 +495,26 @@ def test_a_worker_that_dies_ends_the_work_with_a_line(tmp_path, monkeypatch, cap
     assert "a worker process died" in capsys.readouterr().out
 
 
+def test_an_unknown_rule_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown rule ece; there are nll, acc"):
+        Comparison(tmp_path).run(["sst2_500"], 1, rules=["acc", "ece"])
+
+
+def test_rules_come_in_order_and_others_are_left_out(tmp_path, monkeypatch):
+    """Runs on test by the first rule go before further searches, those by the second after."""
+    found = {Setting(1e-3): {"nll": 0.2, "acc": 0.8, "ece": 0.1}, Setting(2e-3): {"nll": 0.3, "acc": 0.9, "ece": 0.1}}
+    monkeypatch.setattr(Comparison, "search", lambda *_: iter([]))
+    monkeypatch.setattr(Comparison, "found", lambda *_: found)
+
+    stages = list(Comparison(tmp_path).chain("sst2_500", "blob", ("acc", "nll")))
+    made = [(priority, {job.folder.parent.name for job in stage}) for priority, stage in stages if stage]
+    assert made == [(0, {"0.002"}), (1, {"0.001"})]
+    alone = [stage for _, stage in Comparison(tmp_path).chain("sst2_500", "blob", ("nll",)) if stage]
+    assert {job.folder.parent.name for stage in alone for job in stage} == {"0.001"}
+    monkeypatch.setattr(Comparison, "found", lambda *_: {})
+    assert not list(Comparison(tmp_path).chain("sst2_500", "blob")), "nothing was found"
+
+
 def test_no_run_starts_after_the_time_is_up(tmp_path, made):
     jobs = [Job(tmp_path / "x", (), True)]
     assert not run_chains(Serial(), [iter([(0, jobs)])], slots=1, seconds=0)
@@ -608,4 +628,4 @@ def test_overrides_stand_before_among_or_after_the_options(command, tmp_path, mo
     asked = []
     monkeypatch.setattr(Comparison, "run", lambda self, *arguments: asked.append((list(self.common), *arguments)))
     comparison.main([*command.split(), "--out", str(tmp_path)])
-    assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"))]
+    assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"), ["nll", "acc"])]

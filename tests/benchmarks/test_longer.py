@@ -97,6 +97,22 @@ def test_a_rule_alone_trains_nothing_of_the_other(tmp_path, tuning, asked):
     assert {folder.parts[-2] for folder in asked if "/mle/" in str(folder)} == {"0.002_own"}
 
 
+@pytest.mark.parametrize(
+    ("methods", "trained"),
+    [
+        (["blob", "sgp"], {"blob", "sgp"}),
+        (["temperature"], {"mle", "temperature"}),
+        (["ensemble"], {"ensemble"}),
+        (["mle", "ensemble"], {"mle", "ensemble"}),
+    ],
+)
+def test_methods_that_are_named_and_what_they_start_from(tmp_path, tuning, asked, monkeypatch, methods, trained):
+    monkeypatch.setattr(longer, "startable", list)  # as if what they start from had been made
+    with pytest.raises(SystemExit, match="no run has finished"):
+        longer.main([str(tuning), "--times", "2", "--methods", *methods, "--tasks", "sst2_500", "--out", str(tmp_path)])
+    assert {folder.parts[-3] for folder in asked} == trained
+
+
 def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, asked):
     with pytest.raises(SystemExit, match="no run has finished"):
         longer.main([str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
