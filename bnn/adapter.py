@@ -132,18 +132,11 @@ class SGPLoraModel(LoraModel):
                 "remove it from target_modules"
             )
         if target_name == "lm_head":
-            self._untie_head(base)
+            untie_head(self.model, base)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
+        check_plain(layer, adapter_name, current_key)
         replace_factors(layer, adapter_name, lora_config, self.model)
-
-    def _untie_head(self, head: nn.Module) -> None:
-        """Give a tied output head its own copy of the weight, so that merging cannot corrupt the input embedding."""
-        embedding = self.model.get_input_embeddings()
-        if head.weight is embedding.weight:
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-            for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
-                config.tie_word_embeddings = False
 
     def _refuse_live_sample(self, what: str) -> None:
         if any(isinstance(m, InducingFactor) and m.has_sample for m in self.modules()):
@@ -172,6 +165,28 @@ class SGPLoraModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not defined for posteriors: merge plain LoRA adapters instead."""
         raise NotImplementedError("add_weighted_adapter combines weights, not posteriors: export the means first")
+
+
+def untie_head(model: Any, head: nn.Module) -> None:
+    """Give a tied output head its own copy of the weight, so that merging cannot corrupt the input embedding."""
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+
+
+def check_plain(layer: LoraLayer, adapter_name: str, path: str) -> None:
+    """Raise ValueError where inducing factors cannot stand for A and B: no linear layer, a variant of LoRA, merged."""
+    if not isinstance(dict(layer.lora_A.items()).get(adapter_name), nn.Linear):
+        raise ValueError(
+            f"SGP-LoRA adapts linear layers, but target {path!r} is {type(layer.get_base_layer()).__name__}: "
+            "remove it from target_modules"
+        )
+    if adapter_name in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter_name]).__name__
+        raise ValueError(f"SGP-LoRA needs plain LoRA, but target {path!r} is a {variant}: remove its setting")
+    if adapter_name in layer.merged_adapters:
+        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
 
 
 def replace_factors(

@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from bnn.adapter import SGPLoraConfig, SGPLoraModel, replace_factors
+from bnn.adapter import SGPLoraConfig, SGPLoraModel, check_plain, replace_factors, untie_head
 
 
 def bayesianize_(
@@ -29,7 +29,8 @@ def bayesianize_(
         A ``PeftModel`` that saves, loads and samples as one made by get_peft_model(model, SGPLoraConfig(...)).
 
     Raises:
-        ValueError: if the model has other adapters, is not a plain LoRA model, or both ways to configure are used.
+        ValueError: before anything is replaced, if the model has other adapters, is not a plain LoRA model on linear
+            layers, is merged, or both ways to configure are used.
     """
     name = adapter_name or model.active_adapter
     if list(model.peft_config) != [name]:
@@ -48,10 +49,15 @@ def bayesianize_(
     inherited.pop("peft_type", None)
     new_config = SGPLoraConfig(**inherited, **chosen)
     base = model.base_model.model
-    for layer in base.modules():
-        if isinstance(layer, LoraLayer):
-            replace_factors(layer, name, new_config, base, keep_b=True)
+    layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    for path, layer in layers.items():
+        check_plain(layer, name, path)
+    for path, layer in layers.items():
+        if path.rpartition(".")[-1] == "lm_head":
+            untie_head(base, layer.get_base_layer())
+        replace_factors(layer, name, new_config, base, keep_b=True)
     model.base_model.__class__ = SGPLoraModel
     model.base_model.peft_config[name] = new_config
     model.peft_config[name] = new_config
+    model.peft_type = new_config.peft_type
     return model

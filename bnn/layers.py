@@ -98,11 +98,12 @@ class InducingFactor(nn.Module):
         """
         if self._stack is not None and torch.is_grad_enabled():
             leaves, i = self._stack
-            self.check_stacked(i)
+            self.check_stacked(leaves, i)
             return {name: leaf[i] for name, leaf in leaves.items()}
-        return self._own_tensors()
+        return self.own_tensors()
 
-    def _own_tensors(self) -> dict[str, Tensor]:
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The module's parameters and buffers themselves, by the same names, views or not."""
         own = {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
         if self.flow is not None:
             own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_parameters()}
@@ -111,17 +112,18 @@ class InducingFactor(nn.Module):
 
     def view_stack(self, leaves: dict[str, Tensor], i: int) -> None:
         """Make every own tensor a view of row ``i`` of ``leaves``, which hold the same values."""
-        for name, t in self._own_tensors().items():
+        for name, t in self.own_tensors().items():
             t.data = leaves[name].data[i]
         self._stack = (leaves, i)
 
-    def check_stacked(self, i: int) -> None:
-        """Raise RuntimeError unless the own parameters still are views of row ``i`` of the stacked ones."""
+    def check_stacked(self, leaves: dict[str, Tensor], i: int) -> None:
+        """Raise RuntimeError unless the own parameters still are views of row ``i`` of ``leaves``."""
         Z_r: Tensor = self.get_parameter("Z_r")
-        if self._stack is None or Z_r.data_ptr() != self._stack[0]["Z_r"].data_ptr() + i * Z_r.nbytes:
+        viewed = self._stack is not None and self._stack[0] is leaves
+        if not viewed or Z_r.data_ptr() != leaves["Z_r"].data_ptr() + i * Z_r.nbytes:
             raise RuntimeError(
-                "the adapter's parameters were moved or replaced after they had been stacked for training: "
-                "move or load the model first, then make the Sampler (or the optimiser) anew"
+                "the adapter's parameters were moved, replaced or stacked anew after they had been stacked for "
+                "training: move or load the model first, then make the Sampler (or the optimiser) anew"
             )
 
     @property
@@ -145,7 +147,7 @@ class InducingFactor(nn.Module):
         key += [(t.data_ptr(), t._version) for t in (() if self._stack is None else self._stack[0].values())]
         if self._mean is None or self._mean[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._mean = (key, posterior.mean(self.spec, _stack_one(self._own_tensors()), self.flow)[0])
+                self._mean = (key, posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0])
         return self._mean[1]
 
     @property

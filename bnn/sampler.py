@@ -82,13 +82,15 @@ def active_factors(model: nn.Module) -> list[InducingFactor]:
     return factors
 
 
-def group_by_spec(
-    factors: list[InducingFactor],
-) -> dict[tuple[FactorSpec, torch.device], list[InducingFactor]]:
-    """Factors that can be stacked: equal structure, one device. The order is that of first appearance."""
-    groups: dict[tuple[FactorSpec, torch.device], list[InducingFactor]] = defaultdict(list)
+Kind = tuple[FactorSpec, torch.device, torch.dtype]
+"""Structure, device and compute dtype of a factor."""
+
+
+def group_by_kind(factors: list[InducingFactor]) -> dict[Kind, list[InducingFactor]]:
+    """Factors that can be stacked: of one kind. The order is that of first appearance."""
+    groups: dict[Kind, list[InducingFactor]] = defaultdict(list)
     for factor in factors:
-        groups[factor.spec, factor.W_unit.device].append(factor)
+        groups[factor.spec, factor.W_unit.device, factor.compute_dtype].append(factor)
     return dict(groups)
 
 
@@ -106,7 +108,7 @@ class Sampler:
 
     def __init__(self, model: nn.Module, own: bool = False, cuda_graph: bool = False) -> None:
         self.factors = active_factors(model)
-        self.stacks = [FactorStack(group) for group in group_by_spec(self.factors).values()]
+        self.stacks = [FactorStack(group) for group in group_by_kind(self.factors).values()]
         self._layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
         devices = {stack.device for stack in self.stacks}
         self._graph = SamplerGraph() if own and cuda_graph and len(devices) == 1 else None

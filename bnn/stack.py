@@ -36,21 +36,21 @@ class FactorStack:
         """Every tensor of the factors by name, (n, ...).
 
         Raises:
-            RuntimeError: if owned parameters have been replaced (moved, or loaded with assign=True).
+            RuntimeError: if owned parameters have been replaced (moved, loaded with assign=True, or owned by another).
         """
         if self.leaves:
             for i, factor in enumerate(self.factors):
-                factor.check_stacked(i)
+                factor.check_stacked(self.leaves, i)
             return self.leaves
-        per_factor = [factor.tensors() for factor in self.factors]
-        return {name: torch.stack([t[name] for t in per_factor]) for name in per_factor[0]}
+        return _stacked([factor.tensors() for factor in self.factors])
 
     def own(self) -> dict[str, nn.Parameter]:
         """Move the factors' parameters into stacked ones and return these by name."""
         if not self.leaves:
-            learned = {name for name, t in self.factors[0].tensors().items() if t.requires_grad}
+            own = [factor.own_tensors() for factor in self.factors]  # themselves: views of a stack before may be stale
+            learned = {name for name, t in own[0].items() if t.requires_grad}
             with torch.no_grad():
-                stacked = self.tensors()
+                stacked = _stacked(own)
             leaves: dict[str, Tensor] = {n: nn.Parameter(t) if n in learned else t for n, t in stacked.items()}
             for i, factor in enumerate(self.factors):
                 factor.view_stack(leaves, i)
@@ -70,3 +70,7 @@ class FactorStack:
         shaped = shape_noise(noise, self._shapes, len(self.factors))
         drawn = posterior.sample(self.spec, tensors, shaped, self.factors[0].flow)
         return drawn.W.to(self.factors[0].compute_dtype), drawn.kl
+
+
+def _stacked(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([own[name] for own in tensors]) for name in tensors[0]}

@@ -133,12 +133,12 @@ def plan(
     longest = sorted(data.train or data.test, key=encoder.length)[-cfg.train.batch_size :]
     graphs = cfg.train.graph_padding is not None and world.device.type == "cuda"
     batch = encoder.collate(longest, multiple=cfg.train.graph_padding if graphs else 1)
-    rows = -(-len(longest) // world.size) * cfg.train.n_mc
+    rows = min(cfg.train.batch_size, -(-cfg.train.batch_size * cfg.train.grad_accum // world.size))
     sizes = (cfg.inducing.inducing_rows, cfg.inducing.inducing_cols) if "posterior" in cfg.method.factory else ()
     keys = inspect.signature(load_config).parameters
     return plan_memory(
         load_config(**{key: value for key, value in llm.items() if key in keys})[0],
-        Shape(rows, batch.input_ids.shape[1], batch.keep),
+        Shape(min(rows, len(longest)) * cfg.train.n_mc, batch.input_ids.shape[1], batch.keep),
         dtype=dtype,
         device=world.device,
         quantization=plain(cfg.quantization),

@@ -44,7 +44,7 @@ def train(run: Run) -> int:
     if step == 0 < total and cfg.eval.every != "none":
         evaluate_during(run, 0, 0, 0.0)
 
-    started, seen = time.perf_counter(), 0
+    started, seen = time.perf_counter(), 0  # without the time of evaluations and checkpoints
     for step in progress(range(step, total), "training", total - step):  # noqa: B020
         epoch = step // steps_per_epoch
         rate = learning_rate_at(step, total, round(cfg.opt.warmup * total), cfg.opt.schedule)
@@ -69,11 +69,13 @@ def train(run: Run) -> int:
             run.log.train(epoch=epoch + 1, step=done, lr=lr, examples_per_second=speed, metrics=values)
         every = steps_per_epoch if cfg.eval.every == "epoch" else cfg.eval.every
         evaluated = every != "none" and (done % every == 0 or done == total)
+        paused = time.perf_counter()
         if evaluated:
             evaluate_during(run, epoch + 1, done, lr)
         interrupted = run.world.any(run.interrupted)
         if evaluated or done % cfg.train.checkpoint_every == 0 or done == total or interrupted:
             save(run, done)
+        started += time.perf_counter() - paused
         if interrupted:
             raise KeyboardInterrupt(f"stopped after step {done}")
     return total
@@ -132,7 +134,8 @@ def update(run: Run, step: int, rate: float, loss: Loss, examples: list[Example]
     cfg = run.cfg.train
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.world.sum_(p.grad for p in parameters if p.grad is not None)
-    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or float("inf"))
+    parts = run.method.clipped_together(run.model, parameters)
+    norm = torch.stack([nn.utils.clip_grad_norm_(own, cfg.max_grad_norm or float("inf")) for own in parts]).norm()
     if torch.isfinite(loss.loss + norm):
         run.optimizer.step()
         run.method.after_step(run.model, step, rate)

@@ -1,6 +1,7 @@
 """The entry point from end to end, on a random two-layer model: what a run writes, repeats, resumes and refuses."""
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -23,6 +25,7 @@ from peft import PeftModel
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+import pipeline.run
 import train_script as ts
 from bnn.methods.base import trainable
 from bnn.metrics import evaluate_predictions
@@ -31,6 +34,7 @@ from pipeline.evaluation import finish, logits_of
 from pipeline.run import Run, prepare
 from pipeline.training import accumulate, train
 from utils.data.order import nth_batch
+from utils.distributed import World
 from utils.llm import load_model
 from utils.run import read_metrics
 from utils.settings import plain
@@ -426,6 +430,27 @@ def test_clipping_bounds_the_step(overrides, monkeypatch):
     assert norms["null"] > 1e-2
 
 
+def test_clipping_couples_no_members(overrides):
+    """The first of three members is clipped as it is alone."""
+    found = []
+    for k in (1, 3):
+        method = ("method=ensemble", f"method.factory.members={k}", "train.max_grad_norm=0.01")
+        run = prepare(compose(overrides(*method, "eval.every=none", folder=f"of{k}")))
+        train(run)
+        found.append({name: p for name, p in parameters(run).items() if ".member0." in name})
+    assert equal(*found)
+
+
+def test_what_is_trainable_beside_the_factors_is_trained(overrides):
+    run = prepare(compose(overrides("+peft.modules_to_save=[lm_head]", "eval.every=none")))
+    before = parameters(run)
+    train(run)
+    beside = [name for name in before if "lora_" not in name]
+    moved = parameters(run)
+    assert all(not torch.equal(before[name], moved[name]) for name in beside)
+    assert beside
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -514,6 +539,51 @@ def test_what_the_end_of_a_run_may_leave_out(tmp_path, overrides):
     assert finals == [3, "mean"]
     assert not list((tmp_path / "run").glob("*.png"))
     assert (tmp_path / "run" / "reliability.json").exists()
+
+
+def test_the_last_epoch_is_that_of_training_where_batches_do_not_divide_it(overrides):
+    run = execute(overrides("train.batch_size=5", "train.epochs=3", "eval.every=none"))
+    assert len(run.data.train) % 5
+    records = read_metrics(run.folder)
+    assert {r["epoch"] for r in records if r["kind"] == "final"} == {3}
+    assert max(r["epoch"] for r in records if r["kind"] == "train") == 3
+
+
+@pytest.mark.parametrize("method", ["laplace", "tfb"])
+def test_evaluations_before_the_fit_are_of_one_pass_and_say_so(overrides, method):
+    run = execute(overrides(f"method={method}", "eval.every_n_mc=2", "train.max_steps=2"))
+    assert [r["mc"] for r in evaluations(run.folder) if r["kind"] == "eval"] == ["mean", "mean"]
+    assert len({r["mc"] for r in evaluations(run.folder) if r["kind"] == "final"} - {"zero_shot"}) == 2
+
+
+def test_the_speed_of_training_is_without_evaluations(overrides, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    evaluate = training.evaluate_during
+
+    def slow(*arguments):
+        evaluate(*arguments)
+        next(itertools.islice(clock, 10_000, None))
+
+    monkeypatch.setattr(training, "evaluate_during", slow)
+    run = execute(overrides("eval.every=1", "train.log_every=1"))
+    speeds = [r["examples_per_second"] for r in read_metrics(run.folder) if r["kind"] == "train"]
+    assert len(speeds) == 6
+    assert min(speeds) > 1
+
+
+@pytest.mark.parametrize(("batch_size", "grad_accum", "size"), [(8, 1, 1), (8, 1, 2), (8, 2, 2), (4, 4, 4), (3, 1, 2)])
+def test_the_memory_estimate_has_the_rows_of_a_forward(overrides, monkeypatch, batch_size, grad_accum, size):
+    run = prepare(compose(overrides(f"train.batch_size={batch_size}", f"train.grad_accum={grad_accum}")))
+    world = World(torch.device("cpu"))
+    world.size = size
+    data: Any = SimpleNamespace(train=2 * run.data.train)
+    micro = world.micro_batches(data.train[: batch_size * grad_accum], batch_size)
+    planned = []
+    monkeypatch.setattr(pipeline.run, "plan_memory", lambda config, shape, **_: planned.append(shape.rows))
+    monkeypatch.setattr(pipeline.run, "load_config", lambda: [None])
+    pipeline.run.plan(run.cfg, world, data, run.encoder, torch.float32, {})
+    assert planned == [max(len(examples) for examples, _ in micro)]
 
 
 def test_tokens_per_forward_and_batch_size_do_not_change_predictions(overrides):

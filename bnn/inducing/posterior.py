@@ -119,19 +119,28 @@ def sample(spec: FactorSpec, tensors: Tensors, noise: Noise, flow: InducingFlow 
 
 
 def mean(spec: FactorSpec, tensors: Tensors, flow: InducingFlow | None) -> Tensor:
-    """Posterior mean sigma_p P_r^T E[V] P_c, (n, d_out, d_in); with a flow E[V] averages ``MEAN_DRAWS`` fixed draws."""
+    """Posterior mean sigma_p P_r^T E[V] P_c, (n, d_out, d_in).
+
+    With a flow E[V] averages ``MEAN_DRAWS`` fixed draws, or all members of an ensemble, which is exact.
+    """
     rows, cols = frames(spec, tensors)
     if flow is None:
         Y = spec.make_family().mean(tensors)
     else:
-        Z_r = tensors["Z_r"]
-        generator = torch.Generator().manual_seed(0)
-        shape = (MEAN_DRAWS // 2, len(Z_r), spec.m_r, spec.m_c)
-        half = torch.randn(shape, generator=generator, dtype=Z_r.dtype).to(Z_r.device)
-        Y = spec.make_family().sample(tensors, torch.cat([half, -half]))
+        Y = spec.make_family().sample(tensors, _noise_of_mean(spec, tensors["Z_r"]))
         Y = apply_stacked(flow, _flow_tensors(tensors), Y)[0].mean(0)
     V = _to_whitened(spec, tensors, Y, rows, cols)
     return prior_sd_of(tensors)[:, None, None] * conditional_mean(V, rows, cols)
+
+
+def _noise_of_mean(spec: FactorSpec, Z_r: Tensor) -> Tensor:
+    """Fixed draws whose average under a flow is the mean, (S, n, m_r, m_c): of point masses one for each."""
+    shape = (len(Z_r), spec.m_r, spec.m_c)
+    if spec.make_family().point_mass:
+        chosen = torch.special.ndtri((torch.arange(spec.members, dtype=torch.float64) + 0.5) / spec.members)
+        return chosen.to(Z_r)[:, None, None, None].expand(-1, *shape)
+    half = torch.randn(MEAN_DRAWS // 2, *shape, generator=torch.Generator().manual_seed(0), dtype=Z_r.dtype)
+    return torch.cat([half, -half]).to(Z_r.device)
 
 
 def _kl_of_flow(spec: FactorSpec, V_0: Tensor, V: Tensor, log_det: Tensor) -> Tensor:

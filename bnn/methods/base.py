@@ -93,6 +93,10 @@ class Method:
         """Optimiser groups with their learning rates and weight decays."""
         return [{"params": [p for _, p in trainable(model)], "lr": lr, "weight_decay": weight_decay}]
 
+    def clipped_together(self, model: nn.Module, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The optimiser's parameters in parts, each with a gradient norm of its own to be clipped."""
+        return [parameters]
+
     def start(self, model: nn.Module, schedule: Schedule) -> None:
         """Called once before the first step of training, also when a run is resumed."""
 
@@ -145,7 +149,7 @@ class Method:
         )
 
     def modes(self, n: int) -> list[int | str]:
-        """The predictions that are reported: S, or ``mean`` for one pass; the first is the method's own."""
+        """The predictions that there are: S, or ``mean`` for one pass; the first is the method's own, once fitted."""
         return [n, "mean"] if self.stochastic else ["mean"]
 
 
@@ -160,7 +164,8 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     Raises:
         ValueError: naming the target, near matches and what the model has.
     """
-    linear = {name for name, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() == 2}
+    weights = {name: getattr(m, "weight", None) for name, m in model.named_modules()}
+    linear = {name for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() == 2}
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

@@ -112,6 +112,9 @@ class RandomAMethod(Method):
                 continue
             if adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
                 raise ValueError(f"a random A stands only in linear layers: remove {path!r} from target_modules")
+            if adapter in layer.lora_variant:
+                variant = type(layer.lora_variant[adapter]).__name__
+                raise ValueError(f"a random A needs plain LoRA, but {path!r} is a {variant}: remove its setting")
             A = layer.lora_A[adapter]
             prefix = f"{path}.lora_A.{adapter}."
             own = None

@@ -77,6 +77,11 @@ class Ensemble(Method):
             self._activate(model, name)
             yield
 
+    def clipped_together(self, model: nn.Module, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Each member by itself."""
+        own = {id(p): name for path, p in model.named_parameters() for name in self.names if name in path.split(".")}
+        return [[p for p in parameters if own.get(id(p)) == name] for name in self.names]
+
     def predict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Scores (K, N, C) of every example under every member, whatever n. Member 0 is active afterwards."""
         results = [super(Ensemble, self).predict(model, *args, **kwargs) for _ in self.members(model)]

@@ -149,8 +149,8 @@ class Laplace(MLE):
         return draw(mean, covariance, n, generator)
 
     def modes(self, n: int) -> list[int | str]:
-        """``draws`` and ``mean``, whatever n."""
-        return [self.draws, "mean"]
+        """``draws`` and ``mean``, whatever n; ``mean`` alone before ``fit``."""
+        return [self.draws, "mean"] if self.factors else ["mean"]
 
     def save(self, model: PeftModel, folder: str | Path) -> None:
         """Adapter, ``laplace.safetensors`` (eigendecompositions) and ``laplace.json`` (prior precision)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig
 from bnn.inducing.posterior import FLOW_PREFIX
-from bnn.methods.base import Method, check_targets
+from bnn.methods.base import Method, check_targets, trainable
 from bnn.noise import Antithetic
 from bnn.sampler import LiveSample, Sampler, sample
 
@@ -73,6 +73,7 @@ class SGP(Method):
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Z and q's location at ``lr``, scales and the flow at their factor times it. The prior is the only decay.
 
+        What else is trainable (PEFT's ``bias``, ``modules_to_save``) has no prior and goes with ``lr``.
         The parameters are stacked over factors of equal structure, and the model's own become views into them.
 
         Raises:
@@ -87,6 +88,8 @@ class SGP(Method):
         for name, parameter in sampler.parameters():
             kind = "scales" if name in SCALES else "flow" if name.startswith(FLOW_PREFIX) else "others"
             groups[kind].append(parameter)
+        own = {id(p) for factor in sampler.factors for p in factor.parameters()}
+        groups["others"] += [p for _, p in trainable(model) if id(p) not in own]
         return [{"params": own, "lr": rates[kind], "weight_decay": 0.0} for kind, own in groups.items() if own]
 
 

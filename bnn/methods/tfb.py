@@ -123,6 +123,10 @@ class TFB(MLE):
         """See ``Method.predict``; one pass of the mean before ``fit``."""
         return super().predict(*args, n=n if self.sigma_q is not None else None, **kwargs)
 
+    def modes(self, n: int) -> list[int | str]:
+        """See ``Method.modes``; ``mean`` alone before ``fit``."""
+        return ["mean"] if self.sigma_q is None else super().modes(n)
+
     def save(self, model: PeftModel, folder: str | Path) -> None:
         """See ``Method.save``: the adapter and sigma_q, from which the posterior follows."""
         super().save(model, folder)

@@ -45,7 +45,15 @@ def factors_of(model) -> list[InducingFactor]:
 
 
 @pytest.mark.parametrize(
-    "posterior", [{}, {"family": "full"}, {"family": "ensemble", "members": 3}, {"whitened": False}], ids=str
+    "posterior",
+    [
+        {},
+        {"family": "full"},
+        {"family": "ensemble", "members": 3},
+        {"family": "ensemble", "members": 3, "flow_depth": 1},  # the identity at first
+        {"whitened": False},
+    ],
+    ids=str,
 )
 def test_mean_is_the_lora_model(posterior, make_lora, make_llama, ids):
     lora = make_lora()
@@ -135,6 +143,44 @@ def test_refuses_what_it_cannot_replace(make_lora, make_llama, make_adapted):
 def test_refuses_lora_variants_that_sgp_does_not_have(setting, make_lora):
     with pytest.raises(ValueError, match=f"does not support {next(iter(setting))}"):
         bnn.bayesianize_(make_lora(**setting), **INDUCING)
+
+
+def test_refuses_before_anything_is_replaced(make_lora, ids):
+    merged = make_lora()
+    merged.merge_adapter()
+    embedding = make_lora(target_modules=["q_proj", "embed_tokens"])
+    invoked = make_lora(alora_invocation_tokens=[1, 2])
+    for model, said in (
+        (merged, "merged into .*q_proj.*: call unmerge_adapter first"),
+        (embedding, "adapts linear layers, but target 'model.embed_tokens' is Embedding"),
+        (invoked, "is a ALoraLinearVariant: remove its setting"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bnn.bayesianize_(model, **INDUCING)
+        assert not factors_of(model)
+
+
+def test_a_tied_head_leaves_the_embedding_alone(make_llama, ids):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = bnn.bayesianize_(get_peft_model(make_llama(tied=True), config).eval(), **INDUCING)
+    embedding, mean = model.get_input_embeddings().weight.detach().clone(), logits_of(model, ids)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    torch.testing.assert_close(logits_of(merged, ids), mean, rtol=0, atol=1e-5)
+
+
+def test_further_adapters_join_the_result(make_lora, ids, tmp_path):
+    model = bnn.bayesianize_(make_lora(), **INDUCING)
+    mean = logits_of(model, ids)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "again")
+    model.add_adapter("other", SGPLoraConfig(target_modules=["q_proj"], **INDUCING))
+    model.set_adapter("again")
+    assert torch.equal(logits_of(model, ids), mean)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("plain", LoraConfig(target_modules=["q_proj"]))
 
 
 def test_a_loaded_lora_becomes_a_posterior(make_lora, make_llama, ids, tmp_path):

@@ -10,7 +10,7 @@ import bnn
 from bnn.inducing.posterior import noise_shapes_of
 from bnn.layers import InducingFactor
 from bnn.noise import shape_noise
-from bnn.sampler import active_factors, group_by_spec
+from bnn.sampler import active_factors, group_by_kind
 from bnn.stack import FactorStack
 
 
@@ -99,7 +99,7 @@ def test_the_global_generator_is_used_only_without_another(make_adapted):
 def test_stacked_draw_is_the_draw_of_each_factor(config, make_adapted):
     """Three factors of one structure (q_proj, o_proj and gate_proj share d_in = 16) under the same noise slices."""
     model = make_adapted(target_modules=["q_proj", "o_proj", "gate_proj"], layers_to_transform=[0], **config)
-    (spec, _), factors = max(group_by_spec(active_factors(model)).items(), key=lambda item: len(item[1]))
+    (spec, *_), factors = max(group_by_kind(active_factors(model)).items(), key=lambda item: len(item[1]))
     assert len(factors) == 3
     noise = flat_noise(spec, 3, 2, seeded(), torch.float32)
     W, kl = draw_alone(factors, noise)
@@ -112,7 +112,7 @@ def test_stacked_draw_is_the_draw_of_each_factor(config, make_adapted):
 
 def test_factors_are_grouped_by_structure(make_adapted):
     model = make_adapted()
-    groups = group_by_spec(active_factors(model))
+    groups = group_by_kind(active_factors(model))
     assert sum(len(g) for g in groups.values()) == len(active_factors(model)) == 2 * 2 * 2
     # A of q and v alike (4 x 16); B of q is 16 x 4, B of v, with one key-value head, 8 x 4
     assert sorted(len(g) for g in groups.values()) == [2, 2, 4]

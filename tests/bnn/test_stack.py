@@ -108,8 +108,32 @@ def test_replaced_parameters_are_refused(replace, make_adapted):
     else:
         model = copy.deepcopy(model)
         sampler = Sampler(model)
-    with pytest.raises(RuntimeError, match="moved or replaced"), sampler.draw(1):
+    with pytest.raises(RuntimeError, match="moved, replaced or stacked anew"), sampler.draw(1):
         pass
+    again = Sampler(model, own=True)  # the remedy
+    with again.draw(1, seeded()) as live:
+        live.kl().backward()
+    assert all(leaf.grad is not None for name, leaf in again.parameters() if name == "raw_lambda")
+
+
+def test_of_two_owners_the_first_draws_no_more(make_adapted):
+    """Its tensors would be neither drawn from nor trained by anything else."""
+    model = make_adapted()
+    first, second = Sampler(model, own=True), Sampler(model, own=True)
+    with pytest.raises(RuntimeError, match="stacked anew"), first.draw(1):
+        pass
+    with second.draw(1):
+        pass
+
+
+def test_factors_of_another_dtype_are_another_stack(make_adapted):
+    """Each keeps its own layer's dtype."""
+    model = make_adapted()
+    for factor in active_factors(model)[:4]:
+        factor.compute_dtype = torch.bfloat16
+    with torch.no_grad(), bnn.sample(model, 2, seeded()):
+        assert all(factor.weight.dtype == factor.compute_dtype for factor in active_factors(model))
+        assert len({factor.weight.dtype for factor in active_factors(model)}) == 2
 
 
 @torch.no_grad()

@@ -89,6 +89,14 @@ def test_every_members_parameters_are_the_optimisers_and_stay_trainable(model, i
     assert {n for n, _ in trainable(model)} == everything
 
 
+def test_each_members_gradient_is_clipped_by_itself(model):
+    method = Ensemble(K)
+    parameters = [p for _, p in trainable(model)]
+    parts = method.clipped_together(model, parameters)
+    assert [{id(p) for p in part} for part in parts] == [{id(p) for p in of(model, n).values()} for n in method.names]
+    assert MLE().clipped_together(model, parameters) == [parameters]
+
+
 def test_gradients_reach_the_active_member_only(model, ids):
     for k, _ in enumerate(Ensemble(K).members(model)):
         model.zero_grad(set_to_none=True)

@@ -140,6 +140,8 @@ def test_a_target_unlike_any_is_refused_with_the_list(make_llama):
 
 
 def test_full_paths_are_targets_too(make_llama):
-    check_targets(make_llama(), ["q_proj", "model.layers.0.mlp.up_proj", "lm_head"])
+    model = make_llama()
+    model.model.norm = torch.nn.RMSNorm(16, elementwise_affine=False)  # its weight is None
+    check_targets(model, ["q_proj", "model.layers.0.mlp.up_proj", "lm_head"])
     with pytest.raises(ValueError, match=r"'proj' matches no"):
         check_targets(make_llama(), ["proj"])

@@ -119,7 +119,7 @@ def test_entries_of_a_draw_are_independent_between_columns_layers_and_draws(mode
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     x = torch.eye(16, dtype=torch.float64).repeat(2, 1, 1)
     with noisy(model, 1.0, FLOOR, 2, seeded()):
-        noise = [layer(x) - layer(x[:1]).repeat(2, 1, 1) if False else layer(x) for layer in layers]
+        noise = [layer(x) for layer in layers]
     plain = [layer(x) for layer in layers]
     flat = torch.stack([(a - b)[i, :, :8].flatten() for a, b in zip(noise, plain, strict=True) for i in range(2)])
     # 128 entries, several of a column correlated: an independent pair stays far below 0.6
@@ -137,6 +137,7 @@ def test_draws_are_the_same_functions_however_they_are_split(model, batches):
     assert not torch.allclose(predict(method, model, batches, n=5, seed=1), whole)
     assert torch.equal(predict(method, model, batches), predict(MLE(), model, batches))
     assert method.modes(5) == [5, "mean"]
+    assert tfb().modes(5) == ["mean"]
 
 
 def test_no_noise_before_fit_in_training_or_afterwards(model, ids):
