@@ -96,6 +96,12 @@ def test_unsupported_settings_are_refused_by_name(setting):
     assert "\n" not in str(error.value)
 
 
+def test_other_variants_of_lora_are_refused(make_adapted):
+    """They compute with A and B in ways of their own, which draws do not follow."""
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' is a ALoraLinearVariant"):
+        make_adapted(alora_invocation_tokens=[1, 2])
+
+
 def test_an_embedding_target_is_refused(make_adapted):
     with pytest.raises(ValueError, match=r"target 'model.embed_tokens' is Embedding: remove it") as error:
         make_adapted(target_modules=["q_proj", "embed_tokens"])

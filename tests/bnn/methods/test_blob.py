@@ -165,6 +165,8 @@ def test_what_cannot_work_is_refused(make_llama, ids, tmp_path):
         BLoB(prior_sd=0, init_eps=0.05, kl_lr=None, gamma=None)
     with pytest.raises(ValueError, match="not DoRA"):
         method.adapt(make_llama(), {**LORA, "use_dora": True})
+    with pytest.raises(ValueError, match="is a ALoraLinearVariant: remove its setting"):
+        method.adapt(make_llama(), {**LORA, "alora_invocation_tokens": [1]})
     with pytest.raises(ValueError, match=r"only in linear layers: remove '.*embed_tokens'"):
         method.adapt(make_llama(), {**LORA, "target_modules": ["embed_tokens"]})
     model = adapted(method, make_llama())
