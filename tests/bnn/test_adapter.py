@@ -98,7 +98,7 @@ def test_unsupported_settings_are_refused_by_name(setting):
 
 def test_other_variants_of_lora_are_refused(make_adapted):
     """They compute with A and B in ways of their own, which draws do not follow."""
-    with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' is a ALoraLinearVariant"):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' is a ALoraLinearVariant"):
         make_adapted(alora_invocation_tokens=[1, 2])
 
 
