@@ -66,7 +66,7 @@ def main(cfg: DictConfig) -> None:
     try:
         execute(cfg)
     except KeyboardInterrupt as stop:
-        remedy = f"; go on with resume=true paths.output_dir={cfg.paths.output_dir}"
+        remedy = f"; go on with the same command and resume=true paths.output_dir={cfg.paths.output_dir}"
         resumable = (Path(cfg.paths.output_dir) / "checkpoint").exists()
         sys.exit(f"interrupted: {str(stop) or 'stopped at once'}{remedy if resumable else ''}")
     except USER_ERRORS as error:

@@ -100,6 +100,8 @@ def finish(run: Run, step: int) -> None:
     """Final evaluation on test and the out-of-distribution sets; adapter, predictions and figures."""
     cfg = run.cfg
     keep_best(run)
+    if run.world.main and run.method.fits:  # what training has cost outlasts a fit that fails
+        run.method.save(run.model, run.folder / "adapter")
     fit(run)
     if run.world.main:
         run.method.save(run.model, run.folder / "adapter")

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from torch import Tensor, nn
 
+from bnn.adapter import SGPLoraConfig
 from bnn.methods import Method
 from utils.checkpoint import load_checkpoint
 from utils.data.batch import Batch, choice_scores
@@ -25,7 +26,7 @@ from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, re
 from utils.llm.memory import MemoryPlan, Shape, plan_memory
 from utils.run import NoLogger, RunLogger, check_disk
 from utils.seeding import seed_all
-from utils.settings import check, fingerprint, out_of_distribution, plain
+from utils.settings import check, check_types, fingerprint, out_of_distribution, plain
 
 logger = logging.getLogger("train")
 
@@ -66,6 +67,9 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
 def prepare(cfg: DictConfig) -> Run:
     """Check everything that can be checked cheaply, then load data, tokenizer and model, in this order."""
     check(cfg)
+    check_types(cfg, CONFIGS)
+    if (start := cfg.train.init_adapter) is not None and not Path(start).is_dir():
+        raise FileNotFoundError(f"train.init_adapter={start} is no folder: name that of a saved adapter")
     world = World(resolve_device(cfg.device))
     folder = Path(world.gather(cfg.paths.output_dir)[0])  # the main process's: its name may hold a time
     if not world.main:
@@ -82,10 +86,11 @@ def prepare(cfg: DictConfig) -> Run:
         data, encoder, model = load(cfg, world)
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     try:
-        start = cfg.train.init_adapter
         model = method.load(model, start) if start else method.adapt(model, plain(cfg.peft))
     except TypeError as error:
         raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
+    if start:
+        report_held(cfg, model)
     if cfg.train.fsdp:
         shard_frozen(model, world)
     groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
@@ -97,6 +102,18 @@ def prepare(cfg: DictConfig) -> Run:
     log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1) if world.main else NoLogger()
     generator = torch.Generator(world.device)
     return Run(cfg, folder, world.device, world, method, model, encoder, data, generator, optimizer, log, resumed)
+
+
+def report_held(cfg: DictConfig, model: Any) -> None:
+    """Warn of settings that a loaded adapter has otherwise: its own hold, whatever ``config.yaml`` will say."""
+    config = model.peft_config[model.active_adapter]
+    given = {f"peft.{key}": cfg.peft[key] for key in ("r", "lora_alpha", "target_modules")}
+    if isinstance(config, SGPLoraConfig):
+        given |= {f"inducing.{key}": value for key, value in plain(cfg.inducing).items() if key != "init_seed"}
+    for key, value in given.items():
+        own = getattr(config, key.partition(".")[2])
+        if (set(own) != set(value)) if key == "peft.target_modules" else own != value:
+            logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
 
 
 def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:

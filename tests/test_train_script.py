@@ -28,7 +28,9 @@ from torch import Tensor
 import pipeline.run
 import train_script as ts
 from bnn.methods.base import trainable
+from bnn.methods.temperature import fit_temperature
 from bnn.metrics import evaluate_predictions
+from bnn.objective import beta_at, learning_rate_at
 from pipeline import training
 from pipeline.evaluation import finish, logits_of
 from pipeline.run import Run, prepare
@@ -235,7 +237,8 @@ def test_main_says_how_to_resume(tmp_path, overrides, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         ts.main(compose(overrides()))
     assert (
-        stop.value.code == f"interrupted: stopped after step 2; go on with resume=true paths.output_dir={tmp_path}/run"
+        stop.value.code == "interrupted: stopped after step 2; go on with the same command and resume=true "
+        f"paths.output_dir={tmp_path}/run"
     )
 
 
@@ -281,7 +284,7 @@ def test_sigint_and_sigkill_then_resume(tmp_path, overrides):
     assert running["sigint"].wait(300) == 1, (tmp_path / "sigint.log").read_text()
     assert running["sigkill"].wait(300) == -signal.SIGKILL
     last = (tmp_path / "sigint.log").read_text().splitlines()[-1]
-    hint = re.fullmatch(r"interrupted: stopped after step (\d+); go on with resume=true paths.output_dir=(.*)", last)
+    hint = re.fullmatch(r"interrupted: stopped after step (\d+); go on with .* resume=true paths.output_dir=(.*)", last)
     assert hint, last
     assert hint[2] == str(tmp_path / "sigint")
     whole = execute(overrides(*many, folder="whole"))
@@ -500,6 +503,7 @@ def test_evaluations_during_training(tmp_path, overrides, every, steps):
     records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
     assert [record["step"] for record in records] == steps
     assert {(record["split"], record["mc"]) for record in records} <= {("train", 2)}
+    assert {record["n"] for record in records} <= {len(run.data.train)} != {len(run.data.validation)}
 
 
 def test_keep_best_saves_the_parameters_of_the_lowest_nll(tmp_path, overrides):
@@ -547,6 +551,76 @@ def test_the_last_epoch_is_that_of_training_where_batches_do_not_divide_it(overr
     records = read_metrics(run.folder)
     assert {r["epoch"] for r in records if r["kind"] == "final"} == {3}
     assert max(r["epoch"] for r in records if r["kind"] == "train") == 3
+
+
+def test_the_kl_counts_once_and_is_divided_by_all_training_examples(overrides):
+    """Of a step of two micro-batches the gradient is that of NLL + beta KL / N, N = 12."""
+    run = prepare(compose(overrides("train.batch_size=2", "train.grad_accum=2")))
+    found = {}
+    for beta in (0.0, 0.5):
+        run.generator.manual_seed(3)
+        torch.manual_seed(3)
+        loss = accumulate(run, run.data.train[:4], beta)
+        assert float(loss.loss) == pytest.approx(float(loss.nll) + beta * float(loss.kl) / 12, rel=1e-5)
+        found[beta] = [p.grad for p in updated_parameters(run)]
+        for p in updated_parameters(run):
+            p.grad = None
+    with run.method.sample(run.model, 1, torch.Generator().manual_seed(3)) as live:
+        live.kl().backward()
+    for p, without, whole in zip(updated_parameters(run), found[0.0], found[0.5], strict=True):
+        kl = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(whole - without, 0.5 / 12 * kl, rtol=1e-3, atol=1e-4)
+
+
+def test_every_step_has_draws_a_rate_and_a_beta_of_its_own(overrides, monkeypatch):
+    seeds, rates = [], []
+
+    def noting(run: Run, *rest: Any) -> Any:
+        seeds.append((run.generator.initial_seed(), torch.initial_seed()))
+        return accumulate(run, *rest)
+
+    monkeypatch.setattr(training, "accumulate", noting)
+    keys = ("opt.warmup=0.5", "opt.betas=[0.8,0.95]", "opt.eps=1e-6", "train.beta_warmup=0.5", "train.log_every=1")
+    run = prepare(compose(overrides(*keys)))
+    monkeypatch.setattr(run.method, "after_step", lambda model, step, rate: rates.append(rate))
+    train(run)
+    assert all(len(set(of)) == 6 for of in zip(*seeds, strict=True))
+    expected = [learning_rate_at(step, 6, 3, "linear") for step in range(6)]
+    assert rates == pytest.approx(expected)
+    records = [r for r in read_metrics(run.folder) if r["kind"] == "train"]
+    assert [r["lr"] for r in records] == pytest.approx([run.cfg.opt.lr * rate for rate in expected])
+    assert [r["beta"] for r in records] == pytest.approx([beta_at(i, run.cfg.train.beta, 3) for i in range(1, 7)])
+    assert (run.optimizer.defaults["betas"], run.optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+def test_a_resumed_run_remembers_the_best_of_before(overrides, monkeypatch):
+    more = ("eval.keep=best", "eval.every=1", "opt.lr=0.3", "opt.schedule=constant", "train.checkpoint_every=1")
+    whole = execute(overrides(*more, folder="whole"))
+    assert whole.best["step"] < 4, "the best lies before the interruption"
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            execute(overrides(*more))
+    resumed = execute(overrides(*more, "resume=true"))
+    assert resumed.best["step"] == whole.best["step"]
+    assert equal(parameters(whole), parameters(resumed))
+
+
+def test_a_temperature_is_fitted_to_validation_data_and_the_adapter_that_is_kept(overrides):
+    more = ("eval.keep=best", "eval.every=1", "opt.lr=0.3", "opt.schedule=constant")
+    run = execute(overrides("method=temperature", *more))
+    assert run.best["step"] < 6
+    fitted, run.method.T = run.method.T, 1.0
+    logits, answer = logits_of(run, run.data.validation, "mean", "by hand")
+    assert fitted == pytest.approx(fit_temperature(logits, answer, run.method.maximum), rel=1e-3)
+
+
+def test_predictions_have_the_draws_of_the_runs_seed(overrides):
+    run = prepare(compose(overrides()))
+    first = logits_of(run, run.data.test, 3, "test")[0]
+    assert torch.equal(logits_of(run, run.data.test, 3, "test")[0], first)
+    run.cfg.seed += 1
+    assert not torch.allclose(logits_of(run, run.data.test, 3, "test")[0], first)
 
 
 @pytest.mark.parametrize("method", ["laplace", "tfb"])
@@ -611,6 +685,26 @@ def assert_one_line(message: str) -> None:
     ("change", "expected"),
     [
         ("dset=arx", "no such file in configs/dset; did you mean arc_e or arc_c"),
+        ("experiment=publishd", "no such file in configs/experiment; did you mean published"),
+        ("inducing.whitened=no", "inducing.whitened=no: expected true or false"),
+        ("method.factory.antithetic=foo", "method.factory.antithetic=foo: expected true or false"),
+        ("method.factory.scale_lr_factor=abc", "scale_lr_factor=abc: expected a number"),
+        ("method.factory.scale_lr_factor=-5", "needs a finite scale_lr_factor > 0, got -5"),
+        ("opt.lr=inf", "opt.lr=inf: expected a finite number above 0"),
+        ("opt.betas=0.9", r"opt.betas=0.9: expected a list such as \[0.9,0.999\]"),
+        ("peft.r=0", "peft.r=0: expected a whole number, at least 1"),
+        ("peft.r=abc", "peft.r=abc: expected a whole number"),
+        ("peft.lora_dropout=2", r"peft.lora_dropout=2: expected a number in \[0, 1\]"),
+        ("inducing.inducing_rows=2.5", "inducing.inducing_rows=2.5: expected a whole number"),
+        ("dset.labels=5", r"dset.labels=5: expected a list such as \[A,B,C\]"),
+        ("dset.max_length=abc", "dset.max_length=abc: expected a whole number"),
+        ("dset.train_subset=abc", "dset.train_subset=abc: expected a whole number"),
+        ("eval.ood=[1]", r"eval.ood=\[1\]: expected a list"),
+        ("eval.ood=[nosuch]", r"eval.ood=\['nosuch'\]: unknown data set nosuch"),
+        ("train.init_adapter=/no/such", "train.init_adapter=/no/such is no folder"),
+        ("dset.prompt_choice='{question.x}'", "does not fit"),
+        ("dset.max_length=5 dset.too_long=drop", "all 12 examples of train are longer than 5 tokens"),
+        ("method=laplace method.factory.max_dim=8", "raise method.factory.max_dim=8, or leave"),
         ("method=spg", "did you mean sgp"),
         ("train.epoch=3", "unknown key train.epoch.*did you mean train.epochs"),
         ("inducing.familly=full", "did you mean inducing.family"),
@@ -641,7 +735,7 @@ def assert_one_line(message: str) -> None:
         ("train.n_mc=0", "train.n_mc=0: expected"),
         ("train.draws_per_batch=0", "train.draws_per_batch=0: expected"),
         ("train.log_every=0", "train.log_every=0: expected"),
-        ("train.beta=-1", "train.beta=-1: expected a number"),
+        ("train.beta=-1", "train.beta=-1: expected a finite number, at least 0"),
         ("train.beta_warmup=2", "train.beta_warmup=2: expected a number in"),
         ("train.max_grad_norm=0", "train.max_grad_norm=0: expected"),
         ("train.on_nonfinite=ignore", "unknown train.on_nonfinite=ignore.*error, skip"),
@@ -665,9 +759,9 @@ def assert_one_line(message: str) -> None:
         ("eval.split=valid", "unknown eval.split=valid.*validation"),
         ("eval.keep=first", "unknown eval.keep=first"),
         ("eval.keep=best eval.every=none", "eval.every=none makes none"),
-        ("opt.lr=0", "opt.lr=0: expected a number"),
-        ("opt.lr=fast", "opt.lr=fast: expected a number"),
-        ("opt.lr=nan", "opt.lr=nan: expected a number"),
+        ("opt.lr=0", "opt.lr=0: expected a finite number above 0"),
+        ("opt.lr=fast", "opt.lr=fast: expected a finite number"),
+        ("opt.lr=nan", "opt.lr=nan: expected a finite number"),
         ("opt.schedule=liner", "unknown opt.schedule=liner.*linear"),
         ("seed=-1", "seed"),
     ],
@@ -690,13 +784,52 @@ def test_cuda_without_a_gpu(tmp_path, overrides):
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, overrides):
     file = tmp_path / "train.jsonl"
     lines = file.read_text().splitlines()
-    for broken, expected in (("{not json", "not valid JSON"), ('{"question": "x"}', "choices")):
+    for broken, expected in (
+        ("{not json", "not valid JSON"),
+        ('{"question": "x"}', "choices"),
+        ('{"question": "x", "choices": [], "answer": 0}', r"choices [] is not a list of texts"),
+    ):
         file.write_text("\n".join([*lines[:2], broken, *lines[3:]]) + "\n")
         message = failure(overrides())
         assert_one_line(message)
         assert f"{file}:3: " in message
         assert expected in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "none of 0 rows has an answer"),
+        ('{"question": "x", "choices": ["a", "b"], "label": 0}\n', "none of 1 rows has an answer"),
+        (None, "every training question of jsonl is one of another split too"),
+    ],
+)
+def test_a_training_file_that_trains_nothing_is_refused(tmp_path, overrides, content, expected):
+    """Zero steps would look like a finished run. No file at all asks for an evaluation only."""
+    (tmp_path / "train.jsonl").write_text((tmp_path / "test.jsonl").read_text() if content is None else content)
+    assert expected in failure(overrides())
+    execute(overrides("dset.train_file=null"))
+
+
+def test_text_files_of_other_systems(tmp_path, overrides):
+    file = tmp_path / "train.jsonl"
+    text = file.read_text()
+    file.write_text(text, encoding="utf-8-sig")
+    assert len(prepare(compose(overrides())).data.train) == 12
+    file.write_bytes(text.replace("0", "\xe9", 1).encode("latin-1"))
+    assert f"{file}:1: not UTF-8" in failure(overrides(folder="other"))
+
+
+def test_an_adapter_of_another_method_or_with_other_settings(tmp_path, overrides, caplog):
+    execute(overrides("train.max_steps=1", "peft.r=2", "inducing.prior_sd_b=0.9", folder="sgp"))
+    start = (f"train.init_adapter={tmp_path / 'sgp' / 'adapter'}", "train.epochs=0")
+    prepare(compose(overrides(*start)))
+    assert "train.init_adapter has inducing.prior_sd_b=0.9, which holds, not 1.4" in caplog.text
+    assert "train.init_adapter has peft.r=2, which holds, not" in caplog.text
+    assert "target_modules" not in caplog.text
+    message = failure(overrides("method=temperature", *start, folder="other"))
+    assert "holds a SGP_LORA adapter, and this method takes LORA" in message
 
 
 def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
@@ -731,7 +864,7 @@ def test_other_data_sets_are_evaluated_as_out_of_distribution(tmp_path, override
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("eval.ood=[qiuz]",), "dset=qiuz: no such file in configs/dset; did you mean quiz"),
+        (("eval.ood=[qiuz]",), "unknown data set qiuz; did you mean quiz"),
         (("eval.ood=quiz",), "eval.ood=quiz: expected a list such as [arc_e,arc_c]"),
         (("eval.ood=[jsonl]",), "eval.ood names jsonl, the data set of the run itself"),
     ],

@@ -107,11 +107,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_fingerprint(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the first key whose value differs."""
-    for key in sorted(saved.keys() | given.keys()):
-        before, now = saved.get(key, "absent"), given.get(key, "absent")
-        if before != now:
-            raise ValueError(
-                f"{path} belongs to another config: {key} is {before!r} there and {now!r} now; "
-                f"set {key} back, or use another run folder, or {START_AFRESH}"
-            )
+    """Raise ValueError naming the keys whose values differ."""
+    both = {key: (saved.get(key, "absent"), given.get(key, "absent")) for key in sorted(saved.keys() | given.keys())}
+    differing = [f"{key} is {before!r} there and {now!r} now" for key, (before, now) in both.items() if before != now]
+    if differing:
+        raise ValueError(
+            f"{path} belongs to another config: {', '.join(differing)}; repeat that run's whole command with "
+            f"resume=true, or use another run folder, or {START_AFRESH}"
+        )

@@ -19,7 +19,7 @@ from utils.settings import NOT_IN_TRAIN_FINGERPRINT
 
 VARIED = (
     *("method.factory", "peft", "opt", "train", "quantization", "dtype"),
-    *("dset.scoring", "dset.validation_fraction", "eval.keep"),
+    *("dset.scoring", "dset.validation_fraction", "dset.validation_subset", "dset.test_subset", "eval.keep"),
 )
 """Groups and keys of the configuration whose differing keys make a variant."""
 NOT_VARIED = (*NOT_IN_TRAIN_FINGERPRINT, "_target_", "init_seed")

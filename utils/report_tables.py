@@ -72,7 +72,7 @@ def best(column: Column, metric: str) -> str | None:
 
 def has_all_seeds(column: Column, name: str) -> bool:
     """Whether a method was run with as many seeds as any of its column; no seed changes the base model."""
-    return name == ZERO_SHOT or len(column[name]) == max(len(rows) for rows in column.values())
+    return name == ZERO_SHOT or len(column[name]) == max(len(r) for other, r in column.items() if other != ZERO_SHOT)
 
 
 def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Prediction]]) -> None:

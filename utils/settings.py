@@ -24,15 +24,22 @@ COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
     *("train.draws_per_batch", "train.graph_padding", "train.log_every", "train.checkpoint_every"),
     *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
+    *("peft.r", "dset.train_subset", "dset.validation_subset", "dset.test_subset"),
 )
-MAY_BE_NULL = ("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm")
+MAY_BE_NULL = (
+    *("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm"),
+    *("dset.train_subset", "dset.validation_subset", "dset.test_subset"),
+)
+ABOVE_0, FINITE = sys.float_info.min, sys.float_info.max
 RANGES = {
     "seed": (0, 2**32 - 1),
     "train.epochs": (0, sys.maxsize),
-    **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm"), (5e-324, float("inf"))),
-    **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, float("inf"))),
-    **dict.fromkeys(("opt.warmup", "train.beta_warmup"), (0, 1)),
+    **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm", "peft.lora_alpha"), (ABOVE_0, FINITE)),
+    **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, FINITE)),
+    **dict.fromkeys(("opt.warmup", "train.beta_warmup", "peft.lora_dropout"), (0, 1)),
 }
+TYPED = ("opt", "peft", "inducing", "dset", "method")
+"""Groups whose keys must have values of the types that the groups' files have."""
 SWITCHES = (
     *("resume", "overwrite", "train.fsdp", "train.compile"),
     *("eval.zero_shot", "eval.save_validation", "eval.figures"),
@@ -57,7 +64,7 @@ def check(cfg: DictConfig) -> None:
         low, high = RANGES.get(key, (1, sys.maxsize))
         kinds = (int,) if key in COUNTS else (int, float)
         if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
-            wanted = f"a whole number, at least {low}" if key in COUNTS else f"a number in [{low:.3g}, {high:.3g}]"
+            wanted = f"a whole number, at least {low}" if key in COUNTS else _range(low, high)
             raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
     for key in SWITCHES:
         if type(value := OmegaConf.select(cfg, key)) is not bool:
@@ -73,7 +80,8 @@ def check(cfg: DictConfig) -> None:
     if cfg.eval.keep == "best" and cfg.eval.split == "test":
         raise ValueError("eval.keep=best with eval.split=test would choose on test data: set eval.split=validation")
     for key, example in {"peft.target_modules": "[q_proj,v_proj]", "eval.ood": "[arc_e,arc_c]"}.items():
-        if not isinstance(value := OmegaConf.select(cfg, key), ListConfig):
+        value = OmegaConf.select(cfg, key)
+        if not (isinstance(value, ListConfig) and all(isinstance(entry, str) for entry in value)):
             raise ValueError(f"{key}={value}: expected a list such as {example}")
     if cfg.train.fsdp and cfg.train.graph_padding is not None:
         raise ValueError(f"train.graph_padding={cfg.train.graph_padding} and train.fsdp=true exclude each other")
@@ -83,6 +91,45 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("train.fsdp=true cannot shard quantised weights: set quantization=none")
     if cfg.resume and cfg.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
+
+
+def _range(low: float, high: float) -> str:
+    if high < FINITE:
+        return f"a number in [{low:g}, {high:g}]"
+    return "a finite number above 0" if low == ABOVE_0 else f"a finite number, at least {low:g}"
+
+
+def check_types(cfg: DictConfig, configs: Path) -> None:
+    """Refuse values of another type than the files in ``configs`` have for their keys, before anything uses them.
+
+    Texts and keys that are null in the files are left to those who use them; null is, everywhere.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for group in TYPED:
+        for path in sorted((configs / group).glob("*.yaml")):
+            values = plain(OmegaConf.load(path), resolve=False)  # type: ignore[arg-type]  # a mapping, as all are
+            for key, example in keys_and_values(values, f"{group}."):
+                value = OmegaConf.select(cfg, key)
+                if value is not None and (wanted := _misfit(value, example)):
+                    raise ValueError(f"{key}={value}: expected {wanted}")
+
+
+def _misfit(value: Any, example: Any) -> str:
+    """What a value like the example would be; empty if it is one."""
+    if isinstance(example, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(example, int):
+        return "" if type(value) is int else "a whole number"
+    if isinstance(example, float):
+        return "" if type(value) in (int, float) else "a number"
+    if isinstance(example, list):
+        fits = isinstance(value, ListConfig)
+        numbers = not any(isinstance(entry, str) for entry in example)
+        fits = fits and not (numbers and any(_misfit(entry, 0.5) for entry in value))
+        return "" if fits else f"a list such as [{','.join(str(entry) for entry in example[:3])}]"
+    return ""
 
 
 def compose(configs: Path, overrides: list[str]) -> DictConfig:
@@ -107,12 +154,14 @@ def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, A
     An entry is the name of a file in ``configs/dset``, or NAME:CONFIG for another configuration of its source.
 
     Raises:
-        ValueError: for the run's own data set.
+        ValueError: for an unknown data set, or the run's own.
     """
     own, found = plain(cfg.dset), {}
     shared = {key: own[key] for key in ("scoring", "max_length", "too_long", "test_subset")}
     for entry in cfg.eval.ood:
         name, _, config = entry.partition(":")
+        if name not in (known := [path.stem for path in (configs / "dset").glob("*.yaml") if path.stem != "base"]):
+            raise ValueError(f"eval.ood={list(cfg.eval.ood)}: unknown data set {name}; {near_matches(name, known)}")
         settings = plain(compose(configs, [f"dset={name}"]).dset) | shared | ({"config": config} if config else {})
         if (settings["name"], settings.get("config")) == (own["name"], own.get("config")):
             raise ValueError(f"eval.ood names {entry}, the data set of the run itself: leave it out")
@@ -157,3 +206,12 @@ def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         yield prefix + key
         yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+
+
+def keys_and_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of all keys that are no groups, with their values."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from keys_and_values(value, f"{prefix}{key}.")
+        elif key != "defaults":
+            yield prefix + key, value

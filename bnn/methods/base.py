@@ -10,6 +10,7 @@ Nothing here reads configuration objects, seeds, or knows about data sets: rando
 """
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +21,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bnn.predictive import predict
+
+CONFIG = "adapter_config.json"
+"""The file by which PEFT knows an adapter's folder."""
 
 Score = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> unnormalised log-scores of the choices, (rows, C)."""
@@ -73,6 +77,8 @@ class Method:
     """Whether there is anything to train by gradient steps."""
     fits = False
     """Whether ``fit`` has anything to do after training."""
+    peft_type = "LORA"
+    """PEFT's name for the adapters that ``load`` takes."""
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """Add the method's adapter; ``lora`` holds LoraConfig's arguments (r, lora_alpha, target_modules, ...)."""
@@ -82,7 +88,17 @@ class Method:
         """Put the adapter saved in ``folder`` on the base model, trainable.
 
         A method whose trained adapter is plain LoRA accepts one saved by ``method=mle`` as its starting point.
+
+        Raises:
+            ValueError: if the folder holds an adapter of another type.
         """
+        config = Path(folder) / CONFIG
+        kind = json.loads(config.read_text())["peft_type"] if config.is_file() else self.peft_type  # else PEFT speaks
+        if kind != self.peft_type:
+            raise ValueError(
+                f"{folder} holds a {kind} adapter, and this method takes {self.peft_type}: choose another folder "
+                "(bnn.bayesianize_ makes SGP_LORA of LORA)"
+            )
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
 
     def save(self, model: PeftModel, folder: str | Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from bnn.methods.base import FitData, Score
-from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
+from bnn.methods.laplace_curvature import Kronecker, check_width, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised
 from bnn.methods.mle import MLE
 from bnn.metrics import nll
@@ -69,6 +69,12 @@ class Laplace(MLE):
         self.draws = draws
         self.factors: dict[str, Kronecker] = {}
         self.precision = prior_precision
+
+    def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
+        """See ``Method.adapt``; raises ValueError for what is too wide to be fitted, before anything is trained."""
+        adapted = super().adapt(model, lora)
+        check_width(lora_matrices(adapted, self.layers), self.max_dim)
+        return adapted
 
     def fit(self, model: nn.Module, score: Score, data: FitData, generator: torch.Generator) -> dict[str, float]:
         """Curvature from the training split, and the prior precision; see ``Method.fit``.
@@ -167,9 +173,10 @@ class Laplace(MLE):
         """An adapter with its curvature, or one of ``method=mle``, to be fitted.
 
         Raises:
-            ValueError: where the curvature is of other layers.
+            ValueError: where the curvature is of other layers, or a layer is too wide.
         """
         adapted = super().load(model, folder)
+        check_width(lora_matrices(adapted, self.layers), self.max_dim)
         self.factors, self.precision = {}, self.prior_precision
         path = Path(folder) / "laplace.json"
         if path.exists():

@@ -112,6 +112,17 @@ def unit_directions(scores: Tensor) -> Tensor:
     return eye[:, None].expand(-1, len(scores), -1)
 
 
+def check_width(matrices: dict[str, nn.Linear], max_dim: int) -> None:
+    """Raise ValueError where a factor would be wider than ``max_dim``."""
+    name, widest = max(((name, max(m.weight.shape)) for name, m in matrices.items()), key=lambda item: item[1])
+    if widest > max_dim:
+        gib = widest**2 * 4 / 2**30
+        raise ValueError(
+            f"a factor of {widest} x {widest} takes {gib:.2f} GiB a matrix: raise method.factory.max_dim={max_dim}, or "
+            f"leave {name.split('.lora_')[0].rpartition('.')[-1]} out of peft.target_modules"
+        )
+
+
 def kfac(
     model: nn.Module,
     score: Callable[[nn.Module, Any], Tensor],
@@ -128,10 +139,7 @@ def kfac(
     Raises:
         ValueError: where a factor would be wider than ``max_dim``.
     """
-    widest = max(max(m.weight.shape) for m in matrices.values())
-    if widest > max_dim:
-        gib = widest**2 * 4 / 2**30
-        raise ValueError(f"a factor of {widest} x {widest} takes {gib:.2f} GiB a matrix: raise max_dim={max_dim}")
+    check_width(matrices, max_dim)
     A = {n: m.weight.new_zeros(m.in_features, m.in_features, dtype=torch.float32) for n, m in matrices.items()}
     G = {n: m.weight.new_zeros(m.out_features, m.out_features, dtype=torch.float32) for n, m in matrices.items()}
     count = dict.fromkeys(matrices, 0)

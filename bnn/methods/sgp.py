@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bnn.adapter import SGPLoraConfig
+from bnn.adapter import SGPLoraConfig, SGPLoraType
 from bnn.inducing.posterior import FLOW_PREFIX
 from bnn.methods.base import Method, check_targets, trainable
 from bnn.noise import Antithetic
@@ -31,10 +31,11 @@ class SGP(Method):
         posterior: arguments of ``SGPLoraConfig`` beyond LoRA's own.
 
     Raises:
-        ValueError: for a posterior that no factor can have; before a model is there.
+        ValueError: for a posterior that no factor can have, before a model is there, or a factor that is not above 0.
     """
 
     stochastic = True
+    peft_type = SGPLoraType.SGP_LORA.value
 
     def __init__(
         self,
@@ -44,6 +45,9 @@ class SGP(Method):
         cuda_graph: bool,
         posterior: dict[str, Any],
     ) -> None:
+        for name, factor in (("scale_lr_factor", scale_lr_factor), ("flow_lr_factor", flow_lr_factor)):
+            if not 0 < factor < float("inf"):
+                raise ValueError(f"method=sgp needs a finite {name} > 0, got {factor}")
         self.scale_lr_factor = scale_lr_factor
         self.flow_lr_factor = flow_lr_factor
         self.antithetic = antithetic

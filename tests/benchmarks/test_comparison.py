@@ -15,6 +15,7 @@ from benchmarks.workers import BrokenOffError, Job, LostDeviceError, Slots, run_
 from pipeline.processes import processes
 from pipeline.run import CONFIGS
 from utils.llm.errors import TooLittleMemoryError
+from utils.run import read_metrics
 from utils.settings import compose
 
 
@@ -493,6 +494,35 @@ def test_a_worker_that_dies_ends_the_work_with_a_line(tmp_path, monkeypatch, cap
     with processes(1) as pool:
         assert not run_chains(pool, [iter([(0, [Job(tmp_path / "x", (), True)])])], slots=1)
     assert "a worker process died" in capsys.readouterr().out
+
+
+def test_a_tuning_run_is_judged_by_the_adapter_it_keeps_and_what_is_fitted(tmp_path, overrides):
+    large = ("opt.lr=0.3", "opt.schedule=constant", "eval.keep=best", "eval.every=1")
+    common = [o for o in overrides(*large) if not o.startswith("paths.output_dir")]
+    found = {}
+    for method in ("mle", "temperature"):
+        job = Job(tmp_path / method, (*common, f"method={method}"), False)
+        workers.execute(job)
+        found[method] = workers.tuned(job)["nll"]
+    evaluations = [r for r in read_metrics(tmp_path / "mle") if r["kind"] == "eval"]
+    assert evaluations[-1]["nll"] > found["mle"] == pytest.approx(min(r["nll"] for r in evaluations))
+    assert found["temperature"] < found["mle"]
+
+
+def test_the_choice_is_by_the_mean_over_the_seeds(tmp_path):
+    """The first seed alone would choose the other setting."""
+    made = Comparison(tmp_path)
+    of = {
+        Setting(rate): nll
+        for rate, nll in zip(RATES["blob"], ((0.1, 0.9, 0.9), (0.2, 0.3, 0.3), (5,), (6,)), strict=True)
+    }
+    for setting, values in of.items():
+        for seed, value in zip(comparison.TUNING_SEEDS, values, strict=False):
+            job = made.tuning_job("sst2_500", "blob", setting, seed)
+            workers.write_json_atomic(job.folder / workers.TUNED, {"nll": value, "acc": 0.5, "ece": 0.1})
+    *_, (_, first), (_, after) = list(made.chain("sst2_500", "blob", ("nll",)))
+    assert {job.folder.parent.name for job in first} == {f"{RATES['blob'][1]:g}"}
+    assert not after
 
 
 def test_an_unknown_rule_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from bnn.metrics import evaluate_predictions
 from utils import report
-from utils.report_rows import own_predictions, read_csv
+from utils.report_rows import own_predictions, read_csv, write_csv
 from utils.report_runs import collect, load_scores
 from utils.run import RunLogger, save_predictions, write_json_atomic
 
@@ -183,6 +183,25 @@ def test_variants_are_named_by_what_differs(tmp_path):
     assert "repeats" in notes[0]
 
 
+def test_variants_differ_in_what_changes_a_result_within_a_task(tmp_path):
+    """Padding changes none, nor does a task that has its own epochs; other test examples do."""
+    for seed, changed in enumerate(({"train.graph_padding": None}, {"train.graph_padding": 32})):
+        changed_config(write_run(tmp_path / "a" / str(seed), seed=seed), changed)
+    write_run(tmp_path / "a" / "rte", task="rte", epochs=5)
+    assert {row.label for row in collect([tmp_path / "a"])[0]} == {"zero_shot", "mle"}
+    for subset in (None, 100):
+        changed_config(write_run(tmp_path / "b" / str(subset)), {"dset.test_subset": subset})
+    labels = {row.label for row in collect([tmp_path / "b"])[0]}
+    assert labels == {"zero_shot", "mle [test_subset=None]", "mle [test_subset=100]"}
+
+
+def changed_config(folder: Path, changed: dict[str, int | None]) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    for key, value in changed.items():
+        OmegaConf.update(config, key, value)
+    OmegaConf.save(config, folder / "config.yaml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,7 +225,8 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, arguments, mes
 def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
     report.main([str(runs), "--out", str(tmp_path / "a")])
     path = tmp_path / "a" / "results.csv"
-    assert read_csv(path) == read_csv(path)
+    write_csv(tmp_path / "again.csv", read_csv(path))
+    assert (tmp_path / "again.csv").read_text() == path.read_text()
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1].replace("abc", "abc,x", 1)]))
     with pytest.raises(ValueError, match="line 2"):

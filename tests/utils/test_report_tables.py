@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_1samp, ttest_rel
+from scipy.stats import t, ttest_1samp, ttest_rel
 
 from bnn import metrics
 from utils.report_figures import sample_curve
@@ -98,6 +98,22 @@ def test_paired_test_keeps_its_level(metric):
     """100 pairs of independent equal methods: at level 0.05 a valid test exceeds 12 rejections with p < 0.002."""
     rejected = sum(paired_p({0: prediction(2 * i)}, {0: prediction(2 * i + 1)}, metric) < 0.05 for i in range(100))
     assert rejected <= 12
+
+
+def of_losses(*losses: float) -> Prediction:
+    """Predictions of two choices with these NLLs."""
+    p = np.exp(-np.array(losses))
+    return Prediction(np.arange(len(p)).astype(str), np.zeros(len(p), int), np.log(np.stack([p, 1 - p], 1)))
+
+
+def test_paired_test_of_two_seeds_by_hand():
+    """Differences 1, 2, 3 and 2, 3, 7: over the seeds 1.5, 2.5, 5 (variance 13/4), over examples 2, 4 (variance 2)."""
+    zero = of_losses(0.1, 0.1, 0.1)
+    own = {0: of_losses(1.1, 2.1, 3.1), 1: of_losses(2.1, 3.1, 7.1)}
+    of_examples, of_seeds = 13 / 4 / 3, 2 / 2
+    freedom = (of_examples + of_seeds) ** 2 / (of_examples**2 / 2 + of_seeds**2 / 1)
+    expected = 2 * t.sf(3 / np.sqrt(of_examples + of_seeds), freedom)
+    assert paired_p(own, {0: zero, 1: zero}, "nll") == pytest.approx(expected)
 
 
 def test_disagreeing_seeds_are_not_significant_however_many_examples():
@@ -214,6 +230,25 @@ def test_fewer_seeds_than_others_have_neither_win_nor_tie():
     cells = next(table for table in tables(rows, "test") if "summary" in table.title).cells
     found = {row[0][0]: [text for text, _ in row[1:]] for row in cells}
     assert found["sgp"][2:] == ["0 / 0", "0 / 0", "-50.0 %", "-50.0 %"]
+
+
+def test_near_is_one_standard_error_of_the_mean():
+    rows = [make_row("mle", seed, nll) for seed, nll in enumerate((1.0, 1.1, 1.2, 1.3))]  # 1.15, its error 0.065
+    summary = {}
+    for other in (1.21, 1.22):
+        both = [*rows, *(make_row("sgp", seed, other) for seed in range(4))]
+        cells = next(table for table in tables(both, "test") if "summary" in table.title).cells
+        summary[other] = {line[0][0]: line[3][0] for line in cells[1:]}
+    assert summary == {1.21: {"mle": "1 / 1", "sgp": "0 / 1"}, 1.22: {"mle": "1 / 1", "sgp": "0 / 0"}}
+
+
+def test_the_base_models_runs_are_no_seeds():
+    """It was run beside every method, so it has the seeds of all of them; no seed changes it."""
+    rows = [make_row("mle", seed, 0.9) for seed in (0, 1)] + [make_row("sgp", seed, 0.3) for seed in (1, 2)]
+    column = columns([*rows, *(make_row("zero_shot", seed, 1.4) for seed in (0, 1, 2))], "m", "test")["arc"]
+    assert best(column, "nll") == "sgp"
+    alone = columns([*rows, make_row("zero_shot", 0, 0.1)], "m", "test")["arc"]
+    assert best(alone, "nll") == "zero_shot"
 
 
 def test_signs_that_latex_reads_otherwise():

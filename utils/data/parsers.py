@@ -155,14 +155,14 @@ def jsonl(row: Row, identifier: str) -> Question:
     `id` and `category` are optional. A row without an answer is one whose label is hidden.
     """
     choices = row.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
         raise DataError(f"choices {choices!r} is not a list of texts")
     options = tuple(choice.strip() for choice in choices)
     if len(set(options)) < len(options):
         raise DataError(f"two choices of {list(options)} are the same")
     category = row.get("category")
     return Question(
-        id=str(row.get("id", identifier)),
+        id=str(identifier if row.get("id") is None else row["id"]),
         fields={"question": _text(row, "question")},
         options=options,
         answer=_answer(row.get("answer"), options),

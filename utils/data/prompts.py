@@ -29,7 +29,7 @@ def render(question: Question, scoring: str, template: str, labels: Sequence[str
     values = {**question.fields, "choices": listed}
     try:
         prompt = template.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise DataError(
             f"prompt template {template!r} does not fit: {error}; it may name {', '.join(sorted(values))}"
         ) from error

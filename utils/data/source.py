@@ -29,15 +29,17 @@ def read_jsonl(file: Path) -> Rows:
     """Rows of a JSON lines file; empty lines are skipped.
 
     Raises:
-        DataError: If a line is not a JSON object; the message names file and line.
+        DataError: If a line is not a JSON object in UTF-8; the message names file and line.
     """
     located: list[tuple[str, Mapping[str, Any]]] = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{file}:{number}: not valid JSON ({error.msg})") from error
             if not isinstance(row, dict):

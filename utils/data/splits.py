@@ -57,13 +57,21 @@ def resolve(sources: Mapping[str, RawSplit | None], validation_fraction: float, 
         seed: Seed of the carve.
 
     Raises:
-        DataError: If nothing can serve as test, or train is too small to carve from.
+        DataError: If nothing can serve as test, a training split has no labels, or is too small to carve from.
     """
     train, validation, test = (labelled(sources.get(name)) for name in ("train", "validation", "test"))
     notes = []
+    if train is None and (named := sources.get("train")) is not None:
+        raise DataError(
+            f"{named.origin}: none of {len(named.questions)} rows has an answer, so there is nothing to train on; "
+            "name no training split (null) to evaluate only"
+        )
     if test is None:
         if validation is None:
-            raise DataError("neither a labelled test split nor a labelled validation split; name one in dset.splits")
+            raise DataError(
+                "neither a labelled test split nor a labelled validation split: name one, in dset.splits or, of your "
+                "own files, dset.test_file"
+            )
         test, validation = validation, None
         notes.append(f"test: {test.origin} ({len(test.questions)}; the labelled validation split, test has no labels)")
     else:

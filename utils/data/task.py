@@ -55,8 +55,9 @@ class TaskConfig:
         for key in values:
             if key not in known:
                 raise DataError(f"unknown key dset.{key}; {near_matches(key, known)}")
+        words = {"labels": [str(label) for label in values["labels"]]} if "labels" in values else {}  # of [0,1] too
         try:
-            config = cls(**values)
+            config = cls(**{**values, **words})
         except TypeError as error:
             raise DataError(f"dset is incomplete: {error}") from error
         if config.scoring not in SCORINGS:
@@ -92,6 +93,10 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int) -> TaskD
     validation = without(splits.validation, splits.test, *ood_questions.values())
     train = without(splits.train, splits.test, validation, *ood_questions.values())
     repeated = len(splits.validation) - len(validation), len(splits.train) - len(train)
+    if splits.train and not train:
+        raise DataError(
+            f"every training question of {config.name} is one of another split too, so none is left: correct the files"
+        )
     if any(repeated):
         notes.append(f"removed as repeats of another split: {repeated[0]} from validation, {repeated[1]} from train")
     return TaskData(

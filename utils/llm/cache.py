@@ -38,7 +38,9 @@ def is_whole(folder: Path, sha256: str) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if manifest.get("sha256") != sha256 or "transformers" not in manifest:
+    if not isinstance(manifest, dict) or not {"bytes", "transformers"} <= manifest.keys():
+        return False
+    if manifest.get("sha256") != sha256:
         return False
     paths = {folder / name: size for name, size in manifest["bytes"].items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())

