@@ -54,7 +54,7 @@ class Scaled(Method):
         """Find T on the validation split.
 
         Returns:
-            ``temperature``.
+            ``temperature``; ``at_bound``, 1 where it is one of the interval's ends, beyond which the NLL falls further.
 
         Raises:
             ValueError: without validation examples.
@@ -71,7 +71,8 @@ class Scaled(Method):
         )
         answer = torch.cat([batch.answer for batch in data.validation]).cpu()
         self.T = fit_temperature(scores, answer, self.maximum)
-        return {"temperature": self.T}
+        at_bound = math.isclose(abs(math.log(self.T)), math.log(self.maximum), rel_tol=1e-6)
+        return {"temperature": self.T, "at_bound": float(at_bound)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scores / T (S, N, C). See ``Method.predict``."""

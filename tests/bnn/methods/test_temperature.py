@@ -96,7 +96,7 @@ def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
     assert torch.equal(before, predict(MLE(), model, data.validation))  # T = 1
     found = method.fit(model, score, data, torch.Generator())
     assert method.fits
-    assert found == {"temperature": method.T}
+    assert found == {"temperature": method.T, "at_bound": 0}
     assert abs(math.log(method.T)) > 0.1
     after = predict(method, model, data.validation, n=6)
     assert after.shape == (1, 40, 4)
@@ -106,6 +106,8 @@ def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
     for factor in (0.99, 1.01):
         assert nll(before / (method.T * factor), answer) > best
     assert method.fit(model, score, data, torch.Generator()) == found  # not the temperature of scaled scores
+    narrow = Temperature(1.01)
+    assert narrow.fit(model, score, data, torch.Generator())["at_bound"] == 1
     assert method.modes(6) == ["mean"]
 
 
@@ -169,7 +171,7 @@ def test_sgp_scaled_is_fitted_to_its_averaged_predictions(make_llama, tmp_path):
 
     before = scores_of(plain, 3)
     assert torch.equal(scores_of(method, 3), before)  # T = 1
-    assert method.fit(model, score, data, torch.Generator().manual_seed(3)) == {"temperature": method.T}
+    assert method.fit(model, score, data, torch.Generator().manual_seed(3))["temperature"] == method.T
     assert abs(math.log(method.T)) > 0.1
     torch.testing.assert_close(scores_of(method, 3), before / method.T)
     for factor in (0.99, 1.01):
