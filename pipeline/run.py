@@ -111,7 +111,7 @@ def report_held(cfg: DictConfig, model: Any) -> None:
     if isinstance(config, SGPLoraConfig):
         given |= {f"inducing.{key}": value for key, value in plain(cfg.inducing).items() if key != "init_seed"}
     for key, value in given.items():
-        own = getattr(config, key.partition(".")[2])
+        own = getattr(config, "target_r" if key == "peft.r" and "target_r" in vars(config) else key.partition(".")[2])
         if (set(own) != set(value)) if key == "peft.target_modules" else own != value:
             logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
 
