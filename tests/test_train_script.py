@@ -615,6 +615,20 @@ def test_a_temperature_is_fitted_to_validation_data_and_the_adapter_that_is_kept
     assert fitted == pytest.approx(fit_temperature(logits, answer, run.method.maximum), rel=1e-3)
 
 
+def test_what_was_trained_outlasts_a_fit_that_fails(overrides, monkeypatch):
+    run = prepare(compose(overrides("method=temperature", "train.max_steps=2")))
+    step = train(run)
+
+    def fail(*_: Any) -> dict[str, float]:
+        raise RuntimeError("no fit")
+
+    monkeypatch.setattr(run.method, "fit", fail)
+    with pytest.raises(RuntimeError, match="no fit"):
+        finish(run, step)
+    again = prepare(compose(overrides(f"train.init_adapter={run.folder / 'adapter'}", "method=mle", folder="again")))
+    assert equal(parameters(again), parameters(run))
+
+
 def test_predictions_have_the_draws_of_the_runs_seed(overrides):
     run = prepare(compose(overrides()))
     first = logits_of(run, run.data.test, 3, "test")[0]
