@@ -42,7 +42,7 @@ from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
 from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, try_lock, work
-from utils.settings import check, compose, fingerprint, one_line, plain
+from utils.settings import check, check_types, compose, fingerprint, one_line, plain
 
 logger = logging.getLogger("search")
 
@@ -64,7 +64,9 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("search_script.py runs without torchrun: start the same command several times instead")
     space = read_space(plain(settings.space))
-    settings_of(base, first_values(space))  # unknown keys are found before anything is written
+    first = settings_of(base, first_values(space))  # what no trial could run is found before anything is written
+    check(first)
+    check_types(first, CONFIGS)
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
     judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc")}
     begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged | {"final_n_mc": cfg.eval.n_mc}})

