@@ -224,6 +224,7 @@ def test_of_several_processes_one_is_killed_and_nothing_is_lost(tmp_path):
         ("eval.split=test", "validation data only"),
         ("overwrite=true", "leave out resume and overwrite"),
         ("train.epochs=-1", "train.epochs=-1: expected"),
+        ("inducing.whitened=no", "inducing.whitened=no: expected true or false"),
     ],
 )
 def test_bad_input_is_one_line_before_any_trial(tmp_path, change, expected):

@@ -41,7 +41,7 @@ RANGES = {
 }
 TYPED = ("opt", "peft", "inducing", "dset", "method")
 """Groups whose keys must have values of the types that the groups' files have."""
-NULLABLE = ("method.factory.kl_lr", "method.factory.gamma", "inducing.init_seed")
+NULLABLE = ("method.factory.kl_lr", "method.factory.gamma")
 """Of their numbers, switches and lists those that may be null too."""
 SWITCHES = (
     *("resume", "overwrite", "train.fsdp", "train.compile"),
