@@ -33,7 +33,7 @@ from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, execute, launch
 from utils.search.analysis import hypervolume_curves, importances
-from utils.search.experiment import flat, write_experiment
+from utils.search.experiment import write_experiment
 from utils.search.figures import plot_search
 from utils.search.pruning import WatchedLogger, watcher
 from utils.search.results import final_test, write_front
@@ -42,7 +42,7 @@ from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
 from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, try_lock, work
-from utils.settings import check, check_types, compose, fingerprint, one_line, plain
+from utils.settings import check, check_types, compose, fingerprint, flat, one_line, plain
 
 logger = logging.getLogger("search")
 

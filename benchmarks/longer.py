@@ -32,9 +32,7 @@ from benchmarks.options import parse, parser_of
 from benchmarks.workers import Chain, by_key, run_chains, startable
 from pipeline.processes import processes
 
-AFTER = {method: (*AS.get(method, ()), *POST_HOC.get(method, ())) for method in RATES}
-"""By method the others that have its setting or start from its adapters."""
-METHODS = [name for method, others in AFTER.items() for name in (method, *others)]
+METHODS = [name for method in RATES for name in (method, *AS.get(method, ()), *POST_HOC.get(method, ()))]
 
 
 def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
@@ -101,12 +99,7 @@ def run(
             yield 0, first
         yield 0, startable([job for job in after if by_key(job.overrides)["method"] in methods])
 
-    asked = {
-        (task, method, found[rule]): None
-        for (task, method), found in of.items()
-        if task in tasks and not {method, *AFTER[method]}.isdisjoint(methods)
-        for rule in rules
-    }
+    asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
     with processes(jobs) as pool:
         complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
     if not write_lists(comparison, of, rules):

@@ -127,10 +127,7 @@ class SGPLoraModel(LoraModel):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
         if isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
-            raise ValueError(
-                f"SGP-LoRA adapts linear layers, but target {current_key!r} is {type(base).__name__}: "
-                "remove it from target_modules"
-            )
+            raise _not_linear(base, current_key)
         if target_name == "lm_head":
             untie_head(self.model, base)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
@@ -178,15 +175,18 @@ def untie_head(model: Any, head: nn.Module) -> None:
 def check_plain(layer: LoraLayer, adapter_name: str, path: str) -> None:
     """Raise ValueError where inducing factors cannot stand for A and B: no linear layer, a variant of LoRA, merged."""
     if not isinstance(dict(layer.lora_A.items()).get(adapter_name), nn.Linear):
-        raise ValueError(
-            f"SGP-LoRA adapts linear layers, but target {path!r} is {type(layer.get_base_layer()).__name__}: "
-            "remove it from target_modules"
-        )
+        raise _not_linear(layer.get_base_layer(), path)
     if adapter_name in layer.lora_variant:
         variant = type(layer.lora_variant[adapter_name]).__name__
         raise ValueError(f"SGP-LoRA needs plain LoRA, but target {path!r} is a {variant}: remove its setting")
     if adapter_name in layer.merged_adapters:
         raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
+
+
+def _not_linear(base: nn.Module, path: str) -> ValueError:
+    return ValueError(
+        f"SGP-LoRA adapts linear layers, but target {path!r} is {type(base).__name__}: remove it from target_modules"
+    )
 
 
 def replace_factors(

@@ -105,8 +105,7 @@ def finish(run: Run, step: int) -> None:
     fit(run)
     if run.world.main:
         run.method.save(run.model, run.folder / "adapter")
-    steps_per_epoch = -(-len(run.data.train) // (cfg.train.batch_size * cfg.train.grad_accum))
-    epoch = -(-step // max(1, steps_per_epoch))
+    epoch = -(-step // max(1, run.steps_per_epoch))
     bins = {}
     zero_shot: list[int | str] = ["zero_shot"] if cfg.eval.zero_shot else []
     for mc in [*zero_shot, *run.method.modes(cfg.eval.n_mc)]:

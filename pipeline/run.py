@@ -58,6 +58,16 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
 
+    @property
+    def per_step(self) -> int:
+        """Examples of an optimiser step."""
+        return self.cfg.train.batch_size * self.cfg.train.grad_accum
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of a pass over the training examples."""
+        return -(-len(self.data.train) // self.per_step)
+
 
 def score(model: nn.Module, batch: Batch) -> Tensor:
     """Unnormalised log-scores of the choices, (rows, C)."""

@@ -30,8 +30,7 @@ logger = logging.getLogger("train")
 def train(run: Run) -> int:
     """Maximise the ELBO; returns the number of optimiser steps made in all."""
     cfg, model, optimizer = run.cfg, run.model, run.optimizer
-    per_step = cfg.train.batch_size * cfg.train.grad_accum
-    steps_per_epoch = -(-len(run.data.train) // per_step)
+    per_step, steps_per_epoch = run.per_step, run.steps_per_epoch
     total = min(steps_per_epoch * cfg.train.epochs, cfg.train.max_steps or sys.maxsize) if run.method.trains else 0
     run.method.start(model, Schedule(total, steps_per_epoch, len(run.data.train)))
     for group in optimizer.param_groups:
@@ -134,8 +133,11 @@ def update(run: Run, step: int, rate: float, loss: Loss, examples: list[Example]
     cfg = run.cfg.train
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.world.sum_(p.grad for p in parameters if p.grad is not None)
-    parts = run.method.clipped_together(run.model, parameters)
-    norm = torch.stack([nn.utils.clip_grad_norm_(own, cfg.max_grad_norm or float("inf")) for own in parts]).norm()
+    if cfg.max_grad_norm is None:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    else:
+        parts = run.method.clipped_together(run.model, parameters)
+        norm = torch.stack([nn.utils.clip_grad_norm_(own, cfg.max_grad_norm) for own in parts]).norm()
     if torch.isfinite(loss.loss + norm):
         run.optimizer.step()
         run.method.after_step(run.model, step, rate)

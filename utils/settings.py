@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ CHOOSES_BEST = ("every", "every_n_mc", "split")
 """Keys of ``eval`` that decide which adapter ``eval.keep=best`` keeps."""
 NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
 """Keys of ``train`` that change no result but by rounding, so they may change when a run is resumed."""
+SUBSETS = ("dset.train_subset", "dset.validation_subset", "dset.test_subset")
 COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
     *("train.draws_per_batch", "train.graph_padding", "train.log_every", "train.checkpoint_every"),
     *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
-    *("peft.r", "dset.train_subset", "dset.validation_subset", "dset.test_subset"),
+    *("peft.r", *SUBSETS),
 )
-MAY_BE_NULL = (
-    *("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm"),
-    *("dset.train_subset", "dset.validation_subset", "dset.test_subset"),
-)
+MAY_BE_NULL = ("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm", *SUBSETS)
 ABSENT = object()
 ABOVE_0, FINITE = sys.float_info.min, sys.float_info.max
 RANGES = {
@@ -118,7 +116,7 @@ def check_types(cfg: DictConfig, configs: Path) -> None:
             values = plain(OmegaConf.load(path), resolve=False)  # type: ignore[arg-type]  # a mapping, as all are
             if group == "method" and values.get("factory", {}).get("_target_") != cfg.method.factory._target_:
                 continue
-            for key, example in keys_and_values(values, f"{group}."):
+            for key, example in flat(values, f"{group}.").items():
                 value = OmegaConf.select(cfg, key, default=ABSENT)
                 known = value is ABSENT or key in (*COUNTS, *RANGES) or (value is None and key in NULLABLE)
                 if not known and (wanted := _misfit(value, example)):
@@ -169,9 +167,10 @@ def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, A
     """
     own, found = plain(cfg.dset), {}
     shared = {key: own[key] for key in ("scoring", "max_length", "too_long", "test_subset")}
+    known = {path.stem for path in (configs / "dset").glob("*.yaml")} - {"base"}
     for entry in cfg.eval.ood:
         name, _, config = entry.partition(":")
-        if name not in (known := [path.stem for path in (configs / "dset").glob("*.yaml") if path.stem != "base"]):
+        if name not in known:
             raise ValueError(f"eval.ood={list(cfg.eval.ood)}: unknown data set {name}; {near_matches(name, known)}")
         settings = plain(compose(configs, [f"dset={name}"]).dset) | shared | ({"config": config} if config else {})
         if settings.get("splits"):
@@ -225,10 +224,10 @@ def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 
-def keys_and_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of all keys that are no groups, with their values."""
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys; an empty mapping counts as a value."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            yield from keys_and_values(value, f"{prefix}{key}.")
-        elif key != "defaults":
-            yield prefix + key, value
+        nested = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found

@@ -8,7 +8,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from utils.run import write_text_atomic
-from utils.settings import compose, plain
+from utils.settings import compose, flat, plain
 
 LEFT_OUT = ("paths", "resume", "overwrite")
 """Keys that belong to a run, not to its setting."""
@@ -50,15 +50,6 @@ def write_experiment(path: Path, configs: Path, overrides: list[str], comment: s
     head = f"# @package _global_\n# {comment}\n# Copy it to configs/experiment, then: experiment={path.stem}\n"
     write_text_atomic(path, head + OmegaConf.to_yaml(OmegaConf.create(experiment_of(configs, overrides))))
     return path
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys; an empty mapping counts as a value."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
 
 
 def _is_inside(key: str, values: Mapping[str, Any]) -> bool:
