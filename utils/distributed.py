@@ -6,6 +6,7 @@ whatever the number of processes; each takes its share of their rows, so that al
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -96,9 +97,15 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the group of processes."""
+        """Leave the group of processes.
+
+        Caches of torch's can hold the group longer (those of sharded weights do). The threads of its collectives then
+        live on, and need the interpreter to let go of their last tensors: one that ends before they had it aborts the
+        process. The wait gives it to them.
+        """
         if self.size > 1:
             dist.destroy_process_group()
+            time.sleep(0.1)
 
 
 def shard_frozen(model: nn.Module, world: World) -> None:
