@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from bnn.inducing.posterior import FactorSpec, log_of_scaled_prior_sd
 from bnn.layers import InducingFactor
+from bnn.lora import check_plain, not_linear
 from bnn.merging import rounding_reported
+
+METHOD = "SGP-LoRA"
+"""The method's name in messages."""
 
 
 class SGPLoraType(StrEnum):
@@ -127,12 +131,12 @@ class SGPLoraModel(LoraModel):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
         if isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
-            raise _not_linear(base, current_key)
+            raise not_linear(base, current_key, METHOD)
         if target_name == "lm_head":
             untie_head(self.model, base)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
-        check_plain(layer, adapter_name, current_key)
+        check_plain(layer, adapter_name, current_key, METHOD)
         replace_factors(layer, adapter_name, lora_config, self.model)
 
     def _refuse_live_sample(self, what: str) -> None:
@@ -170,23 +174,6 @@ def untie_head(model: Any, head: nn.Module) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
-
-
-def check_plain(layer: LoraLayer, adapter_name: str, path: str) -> None:
-    """Raise ValueError where inducing factors cannot stand for A and B: no linear layer, a variant of LoRA, merged."""
-    if not isinstance(dict(layer.lora_A.items()).get(adapter_name), nn.Linear):
-        raise _not_linear(layer.get_base_layer(), path)
-    if adapter_name in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter_name]).__name__
-        raise ValueError(f"SGP-LoRA needs plain LoRA, but target {path!r} is a {variant}: remove its setting")
-    if adapter_name in layer.merged_adapters:
-        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
-
-
-def _not_linear(base: nn.Module, path: str) -> ValueError:
-    return ValueError(
-        f"SGP-LoRA adapts linear layers, but target {path!r} is {type(base).__name__}: remove it from target_modules"
-    )
 
 
 def replace_factors(

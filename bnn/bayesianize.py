@@ -7,7 +7,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from bnn.adapter import SGPLoraConfig, SGPLoraModel, check_plain, replace_factors, untie_head
+from bnn.adapter import METHOD, SGPLoraConfig, SGPLoraModel, replace_factors, untie_head
+from bnn.lora import check_plain
 
 
 def bayesianize_(
@@ -51,7 +52,7 @@ def bayesianize_(
     base = model.base_model.model
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     for path, layer in layers.items():
-        check_plain(layer, name, path)
+        check_plain(layer, name, path, METHOD)
     for path, layer in layers.items():
         if path.rpartition(".")[-1] == "lm_head":
             untie_head(base, layer.get_base_layer())

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bnn.lora import check_plain
 from bnn.methods.base import Method, Schedule, check_targets, trainable
 from bnn.methods.blob_layer import BLoBA, RandomA
 from bnn.noise import draw_noise
@@ -110,11 +111,7 @@ class RandomAMethod(Method):
         for path, layer in list(model.named_modules()):
             if not isinstance(layer, LoraLayer):
                 continue
-            if adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
-                raise ValueError(f"a random A stands only in linear layers: remove {path!r} from target_modules")
-            if adapter in layer.lora_variant:
-                variant = type(layer.lora_variant[adapter]).__name__
-                raise ValueError(f"a random A needs plain LoRA, but {path!r} is a {variant}: remove its setting")
+            check_plain(layer, adapter, path, "a random A")
             A = layer.lora_A[adapter]
             prefix = f"{path}.lora_A.{adapter}."
             own = None

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from bnn.lora import check_plain
 from bnn.methods.base import FitData, PointEstimate, Schedule, Score
 from bnn.methods.mle import MLE
 from bnn.metrics import nll
@@ -186,15 +187,8 @@ def noisy(
     layers = []
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            if layer.merged:
-                raise ValueError(f"the adapter of {path} is merged: call unmerge_adapter before sampling")
             for name in layer.active_adapters:
-                if not isinstance(dict(layer.lora_A.items()).get(name), nn.Linear):
-                    raise ValueError(f"method=tfb needs LoRA on linear layers, but {path} is none: remove that target")
-                if name in layer.lora_variant:
-                    raise ValueError(
-                        f"method=tfb needs plain LoRA, but {path} is a variant: remove use_dora and the like"
-                    )
+                check_plain(layer, name, path, "method=tfb")
                 layers.append((layer, name))
     with torch.no_grad():
         frames = [

@@ -167,7 +167,7 @@ def test_what_cannot_work_is_refused(make_llama, ids, tmp_path):
         method.adapt(make_llama(), {**LORA, "use_dora": True})
     with pytest.raises(ValueError, match="is a ALoraLinearVariant: remove its setting"):
         method.adapt(make_llama(), {**LORA, "alora_invocation_tokens": [1]})
-    with pytest.raises(ValueError, match=r"only in linear layers: remove '.*embed_tokens'"):
+    with pytest.raises(ValueError, match=r"adapts linear layers, but target '.*embed_tokens' is Embedding"):
         method.adapt(make_llama(), {**LORA, "target_modules": ["embed_tokens"]})
     model = adapted(method, make_llama())
     with pytest.raises(ValueError, match="call start before"):

@@ -232,7 +232,7 @@ def test_refusals(model, make_llama):
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged"), tfb(0.3).sample(model, 1, seeded()):
         pass
-    for change, what in (({"target_modules": ["embed_tokens"]}, "linear layers"), ({"use_dora": True}, "variant")):
+    for change, what in (({"target_modules": ["embed_tokens"]}, "linear layers"), ({"use_dora": True}, "plain LoRA")):
         odd = tfb().adapt(make_llama(), LORA | change).eval()
         with pytest.raises(ValueError, match=what), tfb(0.3).sample(odd, 1, seeded()):
             pass

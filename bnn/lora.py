@@ -1,0 +1,29 @@
+"""What random factors ask of PEFT's LoRA layers."""
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+
+def check_plain(layer: LoraLayer, adapter_name: str, path: str, method: str) -> None:
+    """Raise ValueError where A and B cannot be random matrices: no linear layer, a variant of LoRA (DoRA, ...), merged.
+
+    Args:
+        layer: one of the model's LoRA layers.
+        adapter_name: which of its adapters.
+        path: the layer's name in messages.
+        method: who asks, in messages.
+    """
+    A = dict(layer.lora_A.items()).get(adapter_name)
+    if not isinstance(A, nn.Linear):
+        raise not_linear(layer.get_base_layer() if A is None else A, path, method)
+    if adapter_name in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter_name]).__name__
+        raise ValueError(f"{method} needs plain LoRA, but target {path!r} is a {variant}: remove its setting")
+    if adapter_name in layer.merged_adapters:
+        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
+
+
+def not_linear(module: nn.Module, path: str, method: str) -> ValueError:
+    """The error for a target where ``module``, its layer or its A, is no linear layer."""
+    kind = type(module).__name__
+    return ValueError(f"{method} adapts linear layers, but target {path!r} is {kind}: remove it from target_modules")
