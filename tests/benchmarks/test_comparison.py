@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from concurrent.futures import Executor, Future
+from pathlib import Path
 
 import pytest
 import torch
@@ -523,6 +524,61 @@ def test_the_choice_is_by_the_mean_over_the_seeds(tmp_path):
     *_, (_, first), (_, after) = list(made.chain("sst2_500", "blob", ("nll",)))
     assert {job.folder.parent.name for job in first} == {f"{RATES['blob'][1]:g}"}
     assert not after
+
+
+def test_the_declared_search_whole(tmp_path):
+    """Lower rates have the lower NLL, higher ones the accuracy: the search goes both ways, and its stages are these."""
+    made, task, rates = Comparison(tmp_path), "sst2_500", RATES["blob"]
+
+    def tune(job: Job) -> None:
+        rate, _, own = job.folder.parent.name.partition("_")
+        seed = int(job.folder.name.removeprefix("seed"))
+        nll = float(rate) + (0.01 if own else 0)
+        if own == "eps_0.15":  # the best by the first seed, not by the mean
+            nll += -0.05 if seed == 100 else 0.1
+        acc = float(rate) + (0.001 if own == "equal_kl" else 0)
+        workers.write_json_atomic(job.folder / workers.TUNED, {"nll": nll, "acc": acc, "ece": 0.1})
+
+    def names(jobs) -> set[str]:
+        return {f"{job.folder.parent.name}/{job.folder.name}" for job in jobs}
+
+    stages = []
+    for jobs in made.search(task, "blob", []):
+        stages.append(names(jobs))
+        for job in jobs:
+            tune(job)
+    lowest, highest = f"{rates[0] / 9:.3g}", f"{rates[-1] * 9:g}"
+    assert stages == [
+        {f"{rate:g}/seed100" for rate in rates},
+        {f"{rates[0] / 3:.3g}/seed100", f"{rates[-1] * 3:g}/seed100"},
+        {f"{lowest}/seed100", f"{highest}/seed100"},
+        {f"{rate}_{own}/seed100" for rate in (lowest, highest) for own in ("eps_0.15", "equal_kl")},
+        {
+            f"{setting}/seed{seed}"
+            for setting in (f"{lowest}_eps_0.15", f"{highest}_eps_0.15", f"{highest}_equal_kl", lowest)
+            for seed in (101, 102)
+        },
+    ]
+
+    for seed in comparison.SEEDS:
+        for setting in comparison.ranked(made.found(task, "blob", made.settings(task, "blob"), (100, 101, 102)), "nll"):
+            finish(made.final_job(task, "blob", setting, seed))
+    unfinished = made.zero_shot_job(task).folder
+    unfinished.mkdir(parents=True)
+    made.write_lists([task])
+    folders = (tmp_path / "by_nll.txt").read_text().split()
+    assert str(unfinished) not in folders
+    assert [Path(folder).parent.name for folder in folders if "/blob/" in folder] == [lowest] * 3
+
+
+def test_what_follows_a_method_has_its_setting_and_what_is_its_own(tmp_path):
+    jobs = Comparison(tmp_path).jobs_after("mle", "sst2_100", Setting(1e-3, "dropout_0.1"))
+    by_method = {job.folder.parts[-3]: job.overrides for job in jobs}
+    assert by_method.keys() == {"ensemble", "temperature", "laplace", "laplace_last", "tfb"}
+    for method, said in by_method.items():
+        assert "peft.lora_dropout=0.1" in said
+        assert ("method.factory.precision_by=validation" in said) == method.startswith("laplace")
+        assert ("train.epochs=0" in said) == (method != "ensemble")
 
 
 def test_an_unknown_rule_is_refused(tmp_path):
