@@ -61,6 +61,7 @@ def test_shares_are_equal_in_number_and_cover_everything_once(n, size, batch_siz
     assert {i for share in rows for i in share} == set(range(n))
     assert len({len(share) for share in rows}) == 1
     assert sum(map(len, rows)) < n + size
+    assert [i for share in rows for i in share] == [*range(n), *[n - 1] * (sum(map(len, rows)) - n)]
     shares = [list(world(rank, size).micro_batches(list(range(n)), batch_size)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     weight = np.zeros(n)

@@ -7,7 +7,17 @@ import pytest
 from optuna.trial import TrialState
 
 from utils.search.sampler import SAMPLERS, NumberedSampler
-from utils.search.study import METRICS, VALUES, Worker, is_lost, load_compared, open_study, points_of, work
+from utils.search.study import (
+    METRICS,
+    VALUES,
+    Worker,
+    is_lost,
+    load_compared,
+    open_storage,
+    open_study,
+    points_of,
+    work,
+)
 
 OBJECTIVES = ["acc", "ece"]
 
@@ -85,6 +95,28 @@ def test_failures_in_a_row_end_the_study(tmp_path):
     with pytest.raises(RuntimeError, match="2 trials in a row failed, the last with: no such file"):
         run(study, worker, 9, broken, max_failures=2)
     assert len(study.trials) == 2
+
+
+def test_failures_between_successes_are_not_in_a_row(tmp_path):
+    def every_second(trial: optuna.Trial) -> list[float]:
+        if trial.number % 2:
+            raise ValueError("odd")
+        return objective(trial)
+
+    worker = Worker(tmp_path)
+    run(study := open_at(tmp_path, worker), worker, 6, every_second, max_failures=2)
+    assert len(points_of(study)) == 3
+
+
+def test_a_trial_that_has_just_begun_and_names_no_process_is_left_alone(tmp_path, monkeypatch):
+    """Between the moment a process asks for a trial and the moment it signs it."""
+    worker = Worker(tmp_path)
+    study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")))
+    study.ask()
+    assert worker.running_elsewhere(study) == 1
+    monkeypatch.setattr("utils.search.study.NAMELESS_SECONDS", 0)
+    assert worker.running_elsewhere(study) == 0
+    assert is_lost(study.trials[0])
 
 
 def test_an_interrupted_trial_is_lost_and_made_up_for(tmp_path):
