@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PEFT_GLUE = ("adapter.py", "bayesianize.py", "merging.py", "methods/")
+PEFT_GLUE = ("adapter.py", "bayesianize.py", "lora.py", "merging.py", "methods/")
 SOURCES = {package: sorted((ROOT / package).rglob("*.py")) for package in ("bnn", "utils")}
 
 
