@@ -161,16 +161,23 @@ def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dic
     A run that fails is reported, and the other seeds stand for the point.
 
     Raises:
+        ValueError: for a folder that holds a run with other settings.
         RuntimeError: if one of the processes that share the runs dies.
     """
     place, seeds, at_once = Path(cfg.paths.output_dir) / "final", cfg.search.final_seeds, cfg.search.final_jobs
     folders = {p.number: [place / f"trial{p.number:04d}_seed{seed}" for seed in seeds] for p in points}
-    missing = [
-        settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)})
+    asked = [
+        (folder, settings_of(base, point.values, seed=seed, **{"paths.output_dir": str(folder)}))
         for point in points
         for seed, folder in zip(seeds, folders[point.number], strict=True)
-        if final_test(folder) is None
     ]
+    for folder, settings in asked:
+        made = folder / "config.yaml"
+        if made.is_file() and fingerprint(OmegaConf.load(made)) != fingerprint(settings):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{folder} holds a run of another search: choose another paths.output_dir, or move it away"
+            )
+    missing = [settings for folder, settings in asked if final_test(folder) is None]
     if at_once == 1:
         failures = [final(settings) for settings in missing]
     else:

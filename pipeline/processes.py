@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def processes(n: int) -> ProcessPoolExecutor:
 
 
 def _begin(counter: Any, gpus: int, n: int) -> None:
-    """Prepare a worker. It is silent: its lines are in its run folders."""
+    """Prepare a worker. It is silent: its lines are in its run folders. It ends with the process that made it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
     if gpus:
@@ -36,3 +38,10 @@ def _begin(counter: Any, gpus: int, n: int) -> None:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """A process that is killed cannot end its workers."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)

@@ -128,6 +128,13 @@ def test_a_final_run_that_fails_is_reported_and_the_others_count(tmp_path, monke
     assert "trial0000_seed6 failed: error: loss nan" in caplog.text
 
 
+def test_final_runs_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
+    folder = run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5]")
+    (folder / "journal.log").unlink()
+    with pytest.raises(ValueError, match="trial0000_seed5 holds a run of another search"):
+        run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5]", "search.seed=9")
+
+
 def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):
     folder = run(tmp_path / "a", "search.trials=1")
     cfg = OmegaConf.load(folder / "trials" / "0000" / "config.yaml")
