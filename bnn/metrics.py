@@ -42,8 +42,9 @@ def predictive_log_probs(logits: Tensor) -> Tensor:
         (N, C) float64, -inf for absent choices.
 
     Raises:
-        ValueError: On another shape, an empty axis, or a score that is NaN, +inf or -inf in some samples
-            only; the message names the example.
+        ValueError: On another shape or an empty axis.
+        FloatingPointError: On a score that is NaN, +inf or -inf in some samples only; the message names the
+            example.
     """
     return torch.logsumexp(_sample_log_probs(logits), dim=0) - math.log(logits.shape[0])
 
@@ -82,7 +83,8 @@ def reliability_bins(logits: Tensor, answer: Tensor, n_bins: int = 15) -> Reliab
         n_bins: Number of bins on [0, 1].
 
     Raises:
-        ValueError: If `n_bins` is below 1, or on bad scores or answers.
+        ValueError: If `n_bins` is below 1, or on bad shapes or answers.
+        FloatingPointError: On non-finite scores.
     """
     confidence, correct = _top_label(logits, answer)
     return bin_by_confidence(confidence, correct, _equal_width_edges(n_bins, confidence))
@@ -175,7 +177,8 @@ def evaluate_predictions(logits: Tensor, answer: Tensor) -> dict[str, float]:
         and mutual_information, and the number of examples n.
 
     Raises:
-        ValueError: On bad shapes, non-finite scores, or answers that are no choice of their example.
+        ValueError: On bad shapes, or answers that are no choice of their example.
+        FloatingPointError: On non-finite scores.
     """
     return {
         "acc": accuracy(logits, answer),
@@ -199,7 +202,7 @@ def _sample_log_probs(logits: Tensor) -> Tensor:
     if bad.any():
         sample, example, choice = bad.nonzero()[0].tolist()
         value = logits[sample, example, choice].item()
-        raise ValueError(
+        raise FloatingPointError(
             f"score of example {example} is {value} (sample {sample}, choice {choice}): scores must be "
             "finite, or -inf in every sample where the choice is absent"
         )
