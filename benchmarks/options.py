@@ -1,10 +1,16 @@
-"""What the commands that make many runs have in common: their options, and KEY=VALUE wherever it stands."""
+"""What the commands that make many runs have in common: options, KEY=VALUE anywhere, errors, a folder to themselves."""
 
 import argparse
+import contextlib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from pipeline.run import CONFIGS
+from utils.search.study import try_lock
+from utils.settings import one_line
 
 OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.@]*=|~[A-Za-z_]")
 """How KEY=VALUE begins, or ~KEY; paths that contain = have a / before it."""
@@ -29,3 +35,33 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         parser.error(f"{arguments.overrides[0]} is neither an option nor KEY=VALUE")
     arguments.overrides = overrides
     return arguments
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the command with one line for what a user can put right, and at Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: runs that have ended are kept; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(one_line(error, CONFIGS))
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other commands from making runs in a folder.
+
+    Raises:
+        ValueError: in one of several processes of torchrun.
+        RuntimeError: if another command makes runs there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("many runs are made without torchrun: start this command alone, with as many jobs as wanted")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise RuntimeError(f"another command makes runs in {folder}: wait until it has ended, or choose another folder")
+    with lock:
+        yield

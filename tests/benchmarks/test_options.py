@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.options import parse, parser_of
+from benchmarks.options import alone_in, one_line_errors, parse, parser_of
 
 
 def test_an_override_may_stand_anywhere():
@@ -24,3 +24,43 @@ def test_a_word_that_is_no_override_is_named(capsys):
     with pytest.raises(SystemExit):
         parse(parser, ["tuning.json", "--jobs", "2", "train"])
     assert "train is neither an option nor KEY=VALUE" in capsys.readouterr().err
+
+
+def test_a_folder_is_one_commands_at_a_time(tmp_path):
+    with alone_in(tmp_path / "out"):
+        with (
+            pytest.raises(RuntimeError, match=f"another command makes runs in {tmp_path}/out"),
+            alone_in(tmp_path / "out"),
+        ):
+            pass
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "out"):
+        pass
+
+
+def test_processes_of_torchrun_make_no_runs_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"), alone_in(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("times is\n0"), "error: times is 0"),
+        (RuntimeError("no run"), "error: no run"),
+        (FileExistsError(17, "File exists", "/x"), "error: /x: File exists: correct this path, or what names it"),
+    ],
+)
+def test_errors_are_one_line(error, said):
+    with pytest.raises(SystemExit, match=f"^{said}$"), one_line_errors():
+        raise error
+
+
+def test_an_interrupt_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted: runs that have ended are kept; the same command goes on\n"
