@@ -36,6 +36,36 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
     raise AssertionError("the worker outlived its process by ten seconds")
 
 
+INTERRUPTED = """
+import os, time, warnings
+from tqdm import tqdm
+from benchmarks.options import one_line_errors
+from pipeline.processes import processes
+
+if __name__ == "__main__":
+    with one_line_errors(), processes(1) as pool:
+        pool.submit(warnings.warn, "odd").result()
+        pool.submit(tqdm.write, "a line").result()
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_an_interrupt_ends_the_workers_with_one_line(tmp_path):
+    """As of Ctrl-C, which all processes of the terminal get; the worker itself has said nothing."""
+    script = tmp_path / "main.py"
+    script.write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, str(script)], env=environment, **pipes) as made:
+        worker = int(made.stdout.readline())
+        os.killpg(made.pid, signal.SIGINT)
+        _, said = made.communicate(timeout=60)
+    assert made.returncode == 130
+    assert said == "interrupted: runs that have ended are kept; the same command goes on\n"
+    assert not lives(worker)
+
+
 def lives(process: int) -> bool:
     """Whether a process is there and no zombie."""
     try:
