@@ -30,6 +30,7 @@ from benchmarks.options import parse, parser_of
 from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable, tuned
 from pipeline.processes import processes
 from utils.run import write_json_atomic, write_text_atomic
+from utils.settings import quoted
 
 TUNING_SEEDS = (100, 101, 102)
 """The first screens all settings, the others only finalists."""
@@ -176,7 +177,7 @@ class Comparison(NamedTuple):
         jobs = []
         for method, seed in itertools.product(POST_HOC.get(first, ()), SEEDS):
             adapter = self.final_folder(task, first, setting, seed) / "adapter"
-            start = (f"train.init_adapter={adapter}", "train.epochs=0", "eval.every=none", "eval.keep=last")
+            start = (quoted("train.init_adapter", adapter), "train.epochs=0", "eval.every=none", "eval.keep=last")
             job = self.final_job(task, method, setting, seed, first, POST_HOC_OWN.get(method, ()))
             jobs.append(job._replace(overrides=(*job.overrides, *start)))
         alike = itertools.product(AS.get(first, ()), SEEDS)

@@ -23,7 +23,7 @@ from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
 from utils.run import RELIABILITY_FILE, write_json_atomic
-from utils.settings import compose, key_of, one_line
+from utils.settings import compose, key_of, one_line, quoted, value_of
 
 TUNED = "tuned.json"
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)
@@ -72,8 +72,8 @@ def is_finished(job: Job) -> bool:
 
 def startable(jobs: Sequence[Job]) -> list[Job]:
     """Without those that start from the adapter of a run that has none: it diverged."""
-    starts = {job: by_key(job.overrides).get("train.init_adapter") for job in jobs}
-    return [job for job, start in starts.items() if start is None or Path(start).is_dir()]
+    starts = {job: [value_of(o) for o in job.overrides if key_of(o) == "train.init_adapter"] for job in jobs}
+    return [job for job, start in starts.items() if all(Path(folder).is_dir() for folder in start)]
 
 
 def by_key(overrides: Sequence[str]) -> dict[str, str]:
@@ -88,7 +88,7 @@ def tuned(job: Job) -> dict[str, float]:
 
 def execute(job: Job) -> None:
     """Run one job in this process."""
-    cfg = compose(CONFIGS, [*job.overrides, f"paths.output_dir={job.folder}", "overwrite=true"])
+    cfg = compose(CONFIGS, [*job.overrides, quoted("paths.output_dir", job.folder), "overwrite=true"])
     write_json_atomic(job.folder / SETTINGS, list(job.overrides))
     if job.test:
         train_script.execute(cfg)

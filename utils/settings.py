@@ -9,6 +9,8 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -155,6 +157,16 @@ def compose(configs: Path, overrides: list[str]) -> DictConfig:
 def key_of(override: str) -> str:
     """The key that an argument of the command line sets, without Hydra's prefix, package and value."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def quoted(key: str, text: str | Path) -> str:
+    """A key set to a text on the command line, whatever the text holds of what Hydra's grammar has a meaning for."""
+    return f"{key}={QuotedString(str(text), Quote.double).with_quotes()}"
+
+
+def value_of(override: str) -> Any:
+    """The value that an argument of the command line gives its key, without quotes."""
+    return OverridesParser.create().parse_override(override).value()
 
 
 def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, Any]]:

@@ -307,3 +307,17 @@ def test_overrides_stand_before_among_or_after_the_options(command, tmp_path, mo
     monkeypatch.setattr(Comparison, "run", lambda self, *arguments: asked.append((list(self.common), *arguments)))
     comparison.main([*command.split(), "--out", str(tmp_path)])
     assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"), ["nll", "acc"])]
+
+
+ODD = "a=b, c(d)[e]'f'"
+
+
+def test_adapters_are_found_in_a_folder_of_any_name(tmp_path):
+    made = Comparison(tmp_path / ODD)
+    adapters = [made.final_folder("sst2_100", "sgp", Setting(1e-3), seed) / "adapter" for seed in comparison.SEEDS]
+    for adapter in adapters[1:]:
+        adapter.mkdir(parents=True)
+    jobs = made.jobs_after("sgp", "sst2_100", Setting(1e-3))
+    found = [compose(CONFIGS, [*job.overrides, "paths.output_dir=x"]).train.init_adapter for job in jobs]
+    assert found == [str(adapter) for adapter in adapters]
+    assert workers.startable(jobs) == jobs[1:]

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import Serial, finish
 
 from benchmarks import workers
-from benchmarks.workers import BrokenOffError, Job, LostDeviceError, Slots, run_chains
+from benchmarks.workers import BrokenOffError, Job, LostDeviceError, Slots, is_finished, run_chains
 from pipeline.processes import processes
 from utils.llm.errors import TooLittleMemoryError
 from utils.run import read_metrics
@@ -393,3 +393,15 @@ def test_no_run_starts_after_the_time_is_up(tmp_path, made):
     jobs = [Job(tmp_path / "x", (), True)]
     assert not run_chains(Serial(), [iter([(0, jobs)])], slots=1, seconds=0)
     assert made == []
+
+
+ODD = "a=b, c(d)[e]'f'"
+
+
+def test_a_run_is_made_anew_in_a_folder_of_any_name(tmp_path, overrides):
+    """Also where one before it broke off; and it is judged by the method's own prediction, not by its mean."""
+    job = Job(tmp_path / ODD, tuple(overrides("method=sgp", "train.max_steps=1", "eval.every=none")), False)
+    for _ in range(2):
+        workers.execute(job)
+        assert is_finished(job)
+        assert workers.tuned(job)["mutual_information"] > 0, "of one prediction it is 0"
