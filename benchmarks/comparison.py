@@ -6,11 +6,12 @@
 For every task and every method that trains, each learning rate in ``RATES`` is trained once; further ones follow while
 the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's own setting (``OWN``) at
 the best rates. The best ``FINALISTS`` are trained with the other ``TUNING_SEEDS`` too, since one seed cannot tell them
-apart, nor show which of them diverge now and then. Each is judged by the method's own prediction on validation data;
-test data is not read. Methods that have no search of their own (``AS``, ``POST_HOC``) have the setting of another,
-from whose adapters the latter start. Two selections are made (``RULES``) by the mean over the seeds: the finalist with
-the lowest NLL, each method at its best; and that with the highest accuracy, as settings are chosen where nobody looks
-at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated on test. Finished runs are skipped, so the
+apart, nor show which of them diverge now and then; where all of them do, the next best follow. Each is judged by the
+method's own prediction on validation data; test data is not read. Methods that have no search of their own (``AS``,
+``POST_HOC``) have the setting of another, from whose adapters the latter start. Two selections are made (``RULES``) by
+the mean over the seeds: the finalist with the lowest NLL, each method at its best; and that with the highest accuracy,
+as settings are chosen where nobody looks at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated
+on test. Runs that have finished are skipped, and those that diverged (remove their folders to make them again), so the
 command can be repeated after a kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json``
 what the search found, by seed.
 
@@ -21,14 +22,12 @@ it serves some 50 processes, more find no GPU).
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from benchmarks.options import parse, parser_of
-from benchmarks.workers import Chain, Job, by_key, is_finished, run_chains, startable, tuned
-from pipeline.processes import processes
+from benchmarks.options import alone_in, one_line_errors, parse, parser_of
+from benchmarks.workers import Chain, Job, by_key, carry_out, has_ended, is_finished, startable, tuned
 from utils.run import write_json_atomic, write_text_atomic
 from utils.settings import quoted
 
@@ -107,6 +106,8 @@ POST_HOC_OWN = dict.fromkeys(
 EPOCHS = "train.epochs"
 VARIED = ("seed", "method", "opt.lr", "dset", "paths.output_dir", "train.init_adapter")
 """Keys that differ from run to run, so no override of all runs may set them."""
+UNFINISHED = "unfinished"
+"""Beside the tasks in ``tuning.json``: task -> method of the searches that have not ended, in the shape of no runs."""
 COMMON = (
     *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
     *("eval.n_mc=10", "eval.zero_shot=false", "eval.save_validation=true", "eval.figures=false"),
@@ -149,8 +150,10 @@ class Comparison(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError, before any run, for what would undo the comparison."""
-        if undone := [key for key in by_key(self.common) if key in VARIED]:
-            raise ValueError(f"{undone[0]} differs from run to run here: leave it out")
+        check_common(self.common)
+        own = [by_key(overrides) for settings in OWN.values() for overrides in settings.values()]
+        if undone := [key for key in by_key(self.common) if any(key in keys for keys in own)]:
+            raise ValueError(f"{undone[0]} is of the settings that the search tries (OWN): leave it out")
         if not isinstance(self.times, int) or self.times < 1:
             raise ValueError(f"times is {self.times}: take a whole number from 1 on")
         if self.times > 1 and EPOCHS in by_key(self.common):
@@ -218,7 +221,16 @@ class Comparison(NamedTuple):
             yield screen(untried(beyond(screened()), tried))
         best = {setting.rate for setting in chosen(screened()).values()}
         yield screen([Setting(rate, own) for rate in sorted(best) for own in OWN[method]])
-        yield [self.tuning_job(task, method, setting, seed) for setting in finalists(screened()) for seed in others]
+        left, whole = screened(), dict[Setting, Metrics]()
+        while left and not whole:  # all of those before have diverged with some seed
+            best_left = finalists(left)
+            yield [self.tuning_job(task, method, setting, seed) for setting in best_left for seed in others]
+            whole = self.found(task, method, best_left, TUNING_SEEDS)
+            left = {setting: metrics for setting, metrics in left.items() if setting not in best_left}
+
+    def chains(self, task: str, rules: Sequence[str]) -> list[Chain]:
+        """The base model's run, which waits for no search, and those of every method."""
+        return [iter([(0, [self.zero_shot_job(task)])]), *(self.chain(task, method, rules) for method in RATES)]
 
     def chain(self, task: str, method: str, rules: Sequence[str] = tuple(RULES)) -> Chain:
         """Search, then the runs on test by rule; those of rules after the first, of less interest, come last of all."""
@@ -226,18 +238,19 @@ class Comparison(NamedTuple):
         for jobs in self.search(task, method, tried):
             yield 0, jobs
         best = chosen(self.found(task, method, tried, TUNING_SEEDS))
+        if not best:
+            untested = "neither it nor what has its setting is tested"
+            print(f"{task}: every setting of {method} diverged with some seed: {untested}", flush=True)
         for priority, setting in enumerate(best[rule] for rule in rules if best):
             first, after = self.test_stages(task, method, setting)
             yield priority, first
-            base = [self.zero_shot_job(task)] if method == "mle" else []
-            yield priority, [*base, *startable(after)]
+            yield priority, startable(after)
 
-    def settings(self, task: str, method: str) -> list[Setting]:
-        """What the search has come to so far."""
+    def searched(self, task: str, method: str) -> tuple[list[Setting], bool]:
+        """The settings that the search has come to so far, and whether it has ended."""
         tried: list[Setting] = []
-        for _ in self.search(task, method, tried):
-            pass
-        return tried
+        jobs = [job for stage in self.search(task, method, tried) for job in stage]
+        return tried, all(map(has_ended, jobs))
 
     def run(
         self,
@@ -255,23 +268,20 @@ class Comparison(NamedTuple):
             rules: names in ``RULES``, in order of importance; what only others choose is not trained for the test.
 
         Raises:
-            ValueError: before any run: for an unknown task or rule, an override of what is compared (``VARIED``), or a
-                folder that holds runs with other settings.
-            RuntimeError: if no run on test has finished.
+            ValueError: before any run: for an unknown task or rule, an override of what is compared (``VARIED``,
+                ``OWN``), or a folder that holds runs with other settings.
+            RuntimeError: before any run if another command makes runs in the folder; if no run on test has finished.
         """
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
             raise ValueError(f"unknown task {unknown[0]}; there are {', '.join((*GRIDS, *TASKS))}")
         if unknown := [rule for rule in rules if rule not in RULES]:
             raise ValueError(f"unknown rule {unknown[0]}; there are {', '.join(RULES)}")
         self.check()
-        self.write_lists(self.begun())  # refuses a folder of other settings before any run
         tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
-        chains = [self.chain(task, method, rules) for task in tasks for method in RATES]
-        with processes(jobs) as pool:
-            complete = run_chains(pool, chains, jobs, seconds)
-        self.write_lists(self.begun())
-        if not complete:
-            print("not complete: the same command goes on")
+        with alone_in(self.out):
+            self.write_lists(self.begun())  # refuses a folder of other settings before any run
+            carry_out([chain for task in tasks for chain in self.chains(task, rules)], jobs, seconds)
+            self.write_lists(self.begun())
         if not any((self.out / f"by_{rule}.txt").stat().st_size for rule in RULES):
             raise RuntimeError("no run on test has finished: see the lines above")
 
@@ -281,12 +291,17 @@ class Comparison(NamedTuple):
 
     def write_lists(self, tasks: Sequence[str]) -> None:
         """``tuning.json``, and by rule the finished runs on test."""
-        tried = {task: {method: self.settings(task, method) for method in RATES} for task in tasks}
+        tried: dict[str, dict[str, list[Setting]]] = {task: {} for task in tasks}
+        unfinished: dict[str, dict[str, dict]] = {}
+        for task, method in itertools.product(tasks, RATES):
+            tried[task][method], ended = self.searched(task, method)
+            if not ended:
+                unfinished.setdefault(task, {})[method] = {}
         table = {
             task: {method: {str(s): self.by_seed(task, method, s) for s in settings} for method, settings in of.items()}
             for task, of in tried.items()
         }
-        write_json_atomic(self.out / "tuning.json", table)
+        write_json_atomic(self.out / "tuning.json", {**table, UNFINISHED: unfinished})
         for rule in RULES:
             jobs = [self.zero_shot_job(task) for task in tasks]
             for task, of in tried.items():
@@ -301,6 +316,12 @@ class Comparison(NamedTuple):
         finished = [job.folder for job in jobs if is_finished(job)]
         write_text_atomic(self.out / f"by_{rule}.txt", "".join(f"{folder}\n" for folder in finished))
         return len(finished)
+
+
+def check_common(overrides: Sequence[str]) -> None:
+    """Raise ValueError for an override of all runs that sets what differs from run to run."""
+    if varied := [key for key in by_key(overrides) if key in VARIED]:
+        raise ValueError(f"{varied[0]} differs from run to run here: leave it out")
 
 
 def means(runs: Mapping[Key, Mapping[int, Metrics]], seeds: Sequence[int]) -> dict[Key, Metrics]:
@@ -348,11 +369,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=1, help="so many times the tasks' epochs, in the search too")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="in order of importance")
     arguments = parse(parser, argv)
-    try:
+    with one_line_errors():
         comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
         comparison.run(arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

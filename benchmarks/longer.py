@@ -11,7 +11,6 @@ skipped, ``by_<rule>.txt`` lists the runs. ``--methods`` names those of interest
 """
 
 import json
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -23,14 +22,14 @@ from benchmarks.comparison import (
     RULES,
     TASKS,
     TUNING_SEEDS,
+    UNFINISHED,
     Comparison,
     Setting,
     chosen,
     means,
 )
-from benchmarks.options import parse, parser_of
-from benchmarks.workers import Chain, by_key, run_chains, startable
-from pipeline.processes import processes
+from benchmarks.options import alone_in, one_line_errors, parse, parser_of
+from benchmarks.workers import Chain, by_key, carry_out, startable
 
 METHODS = [name for method in RATES for name in (method, *AS.get(method, ()), *POST_HOC.get(method, ()))]
 
@@ -39,15 +38,22 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
     """By method and rule the setting that a comparison's ``tuning.json`` has for a task.
 
     Raises:
-        ValueError: if the file does not hold the task's search, or one with values that `OWN` no longer has.
+        ValueError: if it is no such file, does not hold the task's search to its end, or one with values that `OWN` no
+            longer has.
     """
-    of = json.loads(path.read_text()).get(task, {})
+    try:
+        table = json.loads(path.read_text())
+    except ValueError:
+        table = None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no tuning.json of benchmarks.comparison: name one")
+    of, unfinished = table.get(task, {}), table.get(UNFINISHED, {}).get(task, {})
     found = {}
     for method in RATES:
         runs = {setting: {int(seed): run for seed, run in own.items()} for setting, own in of.get(method, {}).items()}
         whole = means(runs, TUNING_SEEDS)
         found[method] = chosen({_parsed(method, setting): metrics for setting, metrics in whole.items()})
-        if not found[method]:
+        if method in unfinished or not found[method]:
             raise ValueError(f"{path} has no finished search of {method} on {task}: run benchmarks.comparison first")
     return found
 
@@ -82,7 +88,7 @@ def run(
     Raises:
         ValueError: before any run: for an override of what is compared, if a search is missing, or the folder holds
             runs with other settings.
-        RuntimeError: if no run has finished.
+        RuntimeError: before any run if another command makes runs in the folder; if no run has finished.
     """
     comparison.check()
     begun = [task for task in TASKS if (comparison.out / "final" / task).is_dir()]
@@ -91,7 +97,6 @@ def run(
         for task in dict.fromkeys((*tasks, *begun))
         for method, found in chosen_in(tuning, task).items()
     }
-    write_lists(comparison, of, rules)  # refuses a folder of other settings before any run
 
     def chain(task: str, method: str, setting: Setting) -> Chain:
         first, after = comparison.test_stages(task, method, setting)
@@ -100,12 +105,11 @@ def run(
         yield 0, startable([job for job in after if by_key(job.overrides)["method"] in methods])
 
     asked = {(*key, found[rule]): None for key, found in of.items() if key[0] in tasks for rule in rules}
-    with processes(jobs) as pool:
-        complete = run_chains(pool, [chain(*each) for each in asked], jobs, seconds)
-    if not write_lists(comparison, of, rules):
-        raise RuntimeError("no run has finished: see the lines above")
-    if not complete:
-        print("not complete: the same command goes on")
+    with alone_in(comparison.out):
+        write_lists(comparison, of, rules)  # refuses a folder of other settings before any run
+        carry_out([chain(*each) for each in asked], jobs, seconds)
+        if not write_lists(comparison, of, rules):
+            raise RuntimeError("no run has finished: see the lines above")
 
 
 def write_lists(comparison: Comparison, of: dict[tuple[str, str], dict[str, Setting]], rules: Collection[str]) -> int:
@@ -126,12 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="whose settings to train")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="those of interest")
     arguments = parse(parser, argv)
-    try:
+    with one_line_errors():
         comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
         which = (arguments.rules, arguments.methods)
         run(comparison, arguments.tuning, arguments.tasks, arguments.jobs, arguments.seconds, *which)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

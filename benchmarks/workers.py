@@ -18,16 +18,18 @@ import torch
 import train_script
 from bnn.metrics import evaluate_predictions
 from pipeline.evaluation import fit, keep_best, logits_of
-from pipeline.processes import DEAD_WORKER
+from pipeline.processes import DEAD_WORKER, processes
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
-from utils.run import RELIABILITY_FILE, write_json_atomic
+from utils.run import METRICS_FILE, RELIABILITY_FILE, read_metrics, write_json_atomic, write_text_atomic
 from utils.settings import compose, key_of, one_line, quoted, value_of
 
 TUNED = "tuned.json"
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)
 """Errors that a run's settings are the cause of."""
+DIVERGED_FILE = "diverged.txt"
+"""How a run diverged, in its folder; without it the run would be made again."""
 SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
 MOVED = ("paths.", "train.init_adapter")
@@ -54,13 +56,19 @@ Chain = Iterator[tuple[int, Sequence[Job]]]
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run's last file is there.
+    """Whether the run has come to the results that it was made for; errors as of ``has_ended``."""
+    return has_ended(job) and not (job.folder / DIVERGED_FILE).exists()
+
+
+def has_ended(job: Job) -> bool:
+    """Whether the run has finished or diverged, which its settings would do again.
 
     Raises:
         ValueError: if the folder's run was made with other settings.
     """
     made = job.folder / SETTINGS
-    if not (job.folder / (RELIABILITY_FILE if job.test else TUNED)).exists():
+    has_results = _is_tested(job.folder) if job.test else (job.folder / TUNED).exists()
+    if not (has_results or (job.folder / DIVERGED_FILE).exists()):
         return False
     if made.exists():
         differing = by_key(json.loads(made.read_text())).items() ^ by_key(job.overrides).items()
@@ -68,6 +76,13 @@ def is_finished(job: Job) -> bool:
         if other:
             raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another folder")
     return True
+
+
+def _is_tested(folder: Path) -> bool:
+    """Whether a run's last file is there, and the evaluation on test that it belongs to."""
+    if not all((folder / name).exists() for name in (RELIABILITY_FILE, METRICS_FILE)):
+        return False
+    return any(record["kind"] == "final" and record["split"] == "test" for record in read_metrics(folder))
 
 
 def startable(jobs: Sequence[Job]) -> list[Job]:
@@ -123,7 +138,7 @@ class BrokenOffError(RuntimeError):
 
 
 def work(job: Job) -> str | None:
-    """``execute``; returns how the run diverged, if it did: that is what its settings lead to.
+    """``execute``; returns how the run diverged, if it did, which its folder keeps: its settings lead there.
 
     Raises:
         TooLittleMemoryError: if there was too little memory, which says nothing about the settings.
@@ -135,7 +150,9 @@ def work(job: Job) -> str | None:
     try:
         execute(job)
     except DIVERGED as error:
-        return one_line(error, CONFIGS)
+        how = one_line(error, CONFIGS)
+        write_text_atomic(job.folder / DIVERGED_FILE, f"{how}\n")
+        return how
     except Exception as error:
         kind = TooLittleMemoryError if lacks_memory(error) else BrokenOffError if _is_of_gpu(error) else RuntimeError
         is_known = kind is TooLittleMemoryError or isinstance(error, train_script.USER_ERRORS)
@@ -210,8 +227,15 @@ class Slots:
         self._fitted, self._tries_more = 0, True
 
 
+def carry_out(chains: Sequence[Chain], jobs: int, seconds: float) -> None:
+    """``run_chains`` in ``jobs`` processes; says so where not all chains have come to their end."""
+    with processes(jobs) as pool:
+        if not run_chains(pool, chains, jobs, seconds):
+            print("not complete: the same command goes on", flush=True)
+
+
 def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: float = float("inf")) -> bool:
-    """Go through all chains, ``slots`` runs at a time; finished runs are skipped, those that diverge reported.
+    """Go through all chains, ``slots`` runs at a time; runs that have ended are skipped, those that diverge reported.
 
     A run that found too little memory beside others is made again later, with fewer at a time (``Slots``). One that
     failed for that reason alone, or for another that is not its settings', stops its chain: what follows must not hang
@@ -244,7 +268,7 @@ def run_chains(pool: Executor, chains: Sequence[Chain], slots: int, seconds: flo
             if stage is None:
                 return
             priority, jobs = stage
-            for job in {job.folder: job for job in jobs if not is_finished(job)}.values():
+            for job in {job.folder: job for job in jobs if not has_ended(job)}.values():
                 heapq.heappush(waiting, (priority, index, next(order), job))
                 left[index] += 1
 

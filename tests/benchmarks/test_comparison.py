@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import Serial, finish
 
-from benchmarks import comparison, workers
+from benchmarks import comparison, longer, tried, workers
 from benchmarks.comparison import RATES, Comparison, Setting, beyond, chosen, finalists
+from benchmarks.options import alone_in
 from benchmarks.workers import Job, run_chains
 from pipeline.run import CONFIGS
 from utils.settings import compose
@@ -158,7 +159,9 @@ def test_the_declared_search_whole(tmp_path):
         },
     ]
 
-    for setting in made.found(task, "blob", made.settings(task, "blob"), (100, 101, 102)):
+    tried, ended = made.searched(task, "blob")
+    assert ended
+    for setting in made.found(task, "blob", tried, (100, 101, 102)):
         for seed in comparison.SEEDS:
             finish(made.final_folder(task, "blob", setting, seed))
     unfinished = made.zero_shot_job(task).folder
@@ -218,7 +221,7 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
     made = Comparison(tmp_path / "out", ["eval.n_mc=2", "train.batch_size=4"])
 
     def compare() -> str:
-        assert not run_chains(Serial(), [made.chain("tiny", method) for method in comparison.RATES], slots=2)
+        assert not run_chains(Serial(), made.chains("tiny", ("nll", "acc")), slots=2)
         made.write_lists(["tiny"])
         return capsys.readouterr().out
 
@@ -289,7 +292,7 @@ def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, monkey
     old = Comparison(tmp_path, ["dtype=float32"]).tuning_job("sst2_100", "mle", Setting(RATES["mle"][0]), 100)
     workers.write_json_atomic(old.folder / workers.SETTINGS, list(old.overrides))
     workers.write_json_atomic(old.folder / workers.TUNED, {"nll": 1.0, "acc": 0.5})
-    monkeypatch.setattr(comparison, "processes", None)
+    monkeypatch.setattr(comparison, "carry_out", lambda *_: pytest.fail("runs were made"))
     with pytest.raises(ValueError, match="dtype=bfloat16 dtype=float32"):
         Comparison(tmp_path, ["dtype=bfloat16"]).run(["cola_500"], 1)
 
@@ -309,6 +312,16 @@ def test_overrides_stand_before_among_or_after_the_options(command, tmp_path, mo
     assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"), ["nll", "acc"])]
 
 
+@pytest.mark.parametrize(
+    "override", ["peft.lora_dropout=0.05", "++eval.keep=best", "~inducing.prior_sd_b", "+method.factory.gamma=null"]
+)
+def test_what_the_search_tries_cannot_be_set_for_all(override, tmp_path):
+    key = override.partition("=")[0].lstrip("+~")
+    with pytest.raises(ValueError, match=f"{key} is of the settings that the search tries"):
+        Comparison(tmp_path, ["dtype=float32", override]).check()
+    Comparison(tmp_path, ["eval.batch_size=8", "peft.r=4"]).check()
+
+
 ODD = "a=b, c(d)[e]'f'"
 
 
@@ -321,3 +334,82 @@ def test_adapters_are_found_in_a_folder_of_any_name(tmp_path):
     found = [compose(CONFIGS, [*job.overrides, "paths.output_dir=x"]).train.init_adapter for job in jobs]
     assert found == [str(adapter) for adapter in adapters]
     assert workers.startable(jobs) == jobs[1:]
+
+
+@pytest.fixture
+def diverging(monkeypatch) -> set[tuple[str, int]]:
+    """Settings, as their folders are named, and seeds that diverge; the other runs end well, the lower rates best."""
+    those: set[tuple[str, int]] = set()
+
+    def work(job: Job) -> str | None:
+        setting, seed = job.folder.parts[-2:]
+        if job.test:
+            finish(job.folder)
+        elif (setting, int(seed.removeprefix("seed"))) in those:
+            workers.write_text_atomic(job.folder / workers.DIVERGED_FILE, "error: loss nan")
+        else:
+            rate = float(setting.partition("_")[0])
+            workers.write_json_atomic(job.folder / workers.TUNED, {"nll": rate, "acc": -rate, "ece": 0.1})
+        return None
+
+    monkeypatch.setattr(workers, "work", work)
+    monkeypatch.setattr(comparison, "carry_out", lambda chains, jobs, _: run_chains(Serial(), chains, jobs))
+    monkeypatch.setattr(comparison, "RATES", dict.fromkeys(("mle", "blob"), (1e-3, 2e-3, 4e-3, 8e-3)))
+    monkeypatch.setattr(comparison, "OWN", {"mle": {}, "blob": {}})
+    monkeypatch.setattr(comparison, "EXTENSIONS", 0)
+    return those
+
+
+def test_the_next_best_follow_where_all_finalists_diverge(tmp_path, diverging, capsys):
+    diverging |= {("0.001", 101), ("0.002", 102)}
+    made = Comparison(tmp_path)
+    last = made.tuning_job("sst2_500", "blob", Setting(8e-3), 102).folder / workers.TUNED
+    for _ in range(2):
+        last.unlink(missing_ok=True)  # as after a kill
+        made.run(["sst2_500"], 1)
+        assert last.exists()
+        assert not (tmp_path / "final" / "sst2_500" / "blob" / "0.002").exists()
+        folders = (tmp_path / "by_nll.txt").read_text().split()
+        assert {Path(folder).parent.name for folder in folders if "/blob/" in folder} == {"0.004"}
+    assert "diverged" not in capsys.readouterr().out
+
+
+def test_a_method_without_a_choice_is_named_and_the_base_model_tested(tmp_path, diverging, capsys):
+    diverging |= {(setting, 101) for setting in ("0.001", "0.002", "0.004", "0.008")}
+    Comparison(tmp_path).run(["sst2_500"], 1)
+    out = capsys.readouterr().out
+    for method in ("mle", "blob"):
+        assert f"sst2_500: every setting of {method} diverged with some seed: neither it nor" in out
+    assert (tmp_path / "by_nll.txt").read_text() == f"{tmp_path}/final/sst2_500/zero_shot\n"
+
+
+def test_lists_hold_what_was_made_and_searches_that_have_not_ended_are_named(tmp_path, diverging, monkeypatch):
+    monkeypatch.setattr(longer, "RATES", comparison.RATES)
+    diverging.add(("0.002", 100))
+    made, path = Comparison(tmp_path), tmp_path / "tuning.json"
+    made.run(["sst2_500"], 1)
+    assert len((tmp_path / "by_nll.txt").read_text().split()) == 1 + 3 * 3, "the base model, mle, its ensemble, blob"
+    assert longer.chosen_in(path, "sst2_500")["blob"] == dict.fromkeys(("nll", "acc"), Setting(1e-3))
+
+    (made.tuning_job("sst2_500", "blob", Setting(2e-3), 100).folder / workers.DIVERGED_FILE).unlink()
+    made.write_lists(["sst2_500"])
+    assert tried.read(path).keys() == {"sst2_500"}
+    with pytest.raises(ValueError, match="no finished search of blob on sst2_500"):
+        longer.chosen_in(path, "sst2_500")
+
+
+def test_what_ends_the_command_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: .*/file: File exists: correct this path, or what names it$"):
+        comparison.main(["--out", str(tmp_path / "file")])
+    with alone_in(tmp_path), pytest.raises(SystemExit, match=r"^error: another command makes runs in"):
+        comparison.main(["--out", str(tmp_path)])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        comparison.main(["--out", str(tmp_path)])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted")

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+from tiny_runs import finish
 
-from benchmarks import longer, longer_report
-from benchmarks.comparison import RATES, SEEDS, Setting
+from benchmarks import longer, longer_report, workers
+from benchmarks.comparison import RATES, SEEDS, UNFINISHED, Comparison, Setting
+from benchmarks.options import alone_in
 from utils.report_rows import Row, write_csv
 
 ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0.05, 0.2, None, None)
@@ -44,20 +46,36 @@ def test_a_setting_that_is_no_more_is_not_taken_for_the_default(tuning, monkeypa
         longer.chosen_in(tuning, "sst2_500")
 
 
+def test_a_search_that_has_not_ended_is_refused(tuning):
+    """Whatever settings have all seeds already."""
+    table = json.loads(tuning.read_text())
+    tuning.write_text(json.dumps({**table, UNFINISHED: {"cola": {"sgp": {}}}}))
+    assert longer.chosen_in(tuning, "sst2_500")
+    tuning.write_text(json.dumps({**table, UNFINISHED: {"sst2_500": {"sgp": {}}}}))
+    with pytest.raises(ValueError, match="has no finished search of sgp on sst2_500"):
+        longer.chosen_in(tuning, "sst2_500")
+
+
+@pytest.mark.parametrize("text", ["[]", "no table", ""])
+def test_a_file_that_is_no_search_is_one_line(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"^error: .*other.json is no tuning.json of benchmarks.comparison: name one$"):
+        longer.main([str(path), "--times", "2", "--out", str(tmp_path / "out")])
+
+
 def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monkeypatch):
     made = []
 
-    def run_chains(pool, chains, jobs, seconds):
+    def carry_out(chains, jobs, seconds):
         for chain in chains:
             for _, stage in chain:
                 for job in stage:
                     made.append(job.folder)
                     if "/mle/" in str(job.folder):
-                        job.folder.mkdir(parents=True)
-                        (job.folder / "reliability.json").touch()
-        return False
+                        finish(job.folder)
 
-    monkeypatch.setattr(longer, "run_chains", run_chains)
+    monkeypatch.setattr(longer, "carry_out", carry_out)
     out = tmp_path / "out"
     command = [str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(out), "--seconds", "1"]
     longer.main(command)
@@ -65,7 +83,7 @@ def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monke
     for rule, setting in (("nll", "0.001"), ("acc", "0.002_own")):
         folders = (out / f"by_{rule}.txt").read_text().split()
         assert folders == [str(out / "final" / "sst2_500" / "mle" / setting / f"seed{seed}") for seed in SEEDS]
-    monkeypatch.setattr(longer, "run_chains", lambda *_: True)
+    monkeypatch.setattr(longer, "carry_out", lambda *_: None)
     with pytest.raises(SystemExit, match="error: no run has finished"):
         longer.main([*command[:-3], str(tmp_path / "empty"), "dtype=float32"])
     for word, said in (
@@ -82,11 +100,10 @@ def asked(monkeypatch):
     """Folders of the runs that are asked for; none is made."""
     made = []
 
-    def run_chains(pool, chains, jobs, seconds):
+    def carry_out(chains, jobs, seconds):
         made.extend(job.folder for chain in chains for _, stage in chain for job in stage)
-        return True
 
-    monkeypatch.setattr(longer, "run_chains", run_chains)
+    monkeypatch.setattr(longer, "carry_out", carry_out)
     return made
 
 
@@ -121,19 +138,34 @@ def test_a_seed_that_diverged_stops_nothing_else(tmp_path, tuning, asked):
     assert sum("/map/" in str(folder) for folder in asked) == len(SEEDS), "one setting, chosen by both"
 
 
+def test_a_folder_of_other_settings_is_refused_before_any_run(tmp_path, tuning, asked):
+    """Also where the run is of a method that is not asked for: the lists would hold it."""
+    old = Comparison(tmp_path / "out", ["dtype=float32"], 2).final_job("sst2_500", "map", Setting(0.001), 0)
+    finish(old.folder)
+    workers.write_json_atomic(old.folder / workers.SETTINGS, list(old.overrides))
+    command = [str(tuning), "--times", "2", "--tasks", "sst2_500", "--methods", "sgp", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="dtype=bfloat16 dtype=float32"):
+        longer.main([*command, "dtype=bfloat16"])
+    assert asked == []
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path, tuning, asked):
+    with alone_in(tmp_path), pytest.raises(SystemExit, match="error: another command makes runs in"):
+        longer.main([str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path)])
+    assert asked == []
+
+
 def test_lists_keep_the_tasks_of_earlier_calls(tmp_path, tuning, monkeypatch):
     content = json.loads(tuning.read_text())
     tuning.write_text(json.dumps({**content, "obqa_500": content["sst2_500"]}))
 
-    def run_chains(pool, chains, jobs, seconds):
+    def carry_out(chains, jobs, seconds):
         for chain in chains:
             for _, stage in chain:
                 for job in stage:
-                    job.folder.mkdir(parents=True)
-                    (job.folder / "reliability.json").touch()
-        return True
+                    finish(job.folder)
 
-    monkeypatch.setattr(longer, "run_chains", run_chains)
+    monkeypatch.setattr(longer, "carry_out", carry_out)
     for task in ("sst2_500", "obqa_500"):
         longer.main([str(tuning), "--times", "2", "--tasks", task, "--out", str(tmp_path / "out")])
     listed = (tmp_path / "out" / "by_nll.txt").read_text()

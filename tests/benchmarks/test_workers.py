@@ -1,6 +1,7 @@
 """Chains of runs, and what becomes of those that fail: most on no processes and with no training."""
 
 import itertools
+import json
 import os
 import pickle
 from concurrent.futures import Executor, Future
@@ -10,7 +11,16 @@ import torch
 from tiny_runs import Serial, finish
 
 from benchmarks import workers
-from benchmarks.workers import BrokenOffError, Job, LostDeviceError, Slots, is_finished, run_chains
+from benchmarks.workers import (
+    BrokenOffError,
+    Job,
+    LostDeviceError,
+    Slots,
+    carry_out,
+    has_ended,
+    is_finished,
+    run_chains,
+)
 from pipeline.processes import processes
 from utils.llm.errors import TooLittleMemoryError
 from utils.run import read_metrics
@@ -80,6 +90,37 @@ def test_too_little_memory_is_not_taken_for_a_failure_of_the_run(tmp_path, monke
 def test_what_diverges_is_a_result_of_its_settings(tmp_path, monkeypatch, error):
     fail_with(error, monkeypatch)
     assert workers.work(Job(tmp_path, (), True)) == f"error: {error}"
+
+
+def test_what_diverged_is_not_made_again_and_has_no_results(tmp_path, monkeypatch, capsys):
+    fail_with(FloatingPointError("loss nan"), monkeypatch)
+    job = Job(tmp_path / "a", ("opt.lr=1",), True)
+    assert not has_ended(job)
+    for _ in range(2):
+        assert run_chains(Serial(), [iter([(0, [job])])], slots=1)
+    assert capsys.readouterr().out.count("loss nan") == 1
+    assert has_ended(job)
+    assert not is_finished(job)
+    workers.write_json_atomic(job.folder / workers.SETTINGS, ["opt.lr=2"])
+    with pytest.raises(ValueError, match=r"other settings \(opt.lr=1 opt.lr=2\)"):
+        is_finished(job)
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_scores_that_are_not_finite_are_a_divergence(tmp_path, overrides, test):
+    said = overrides("method=sgp", "opt.lr=30", "train.max_steps=1", "eval.every=none")
+    assert "score of example 0 is nan" in str(workers.work(Job(tmp_path / "run", tuple(said), test)))
+
+
+def test_a_run_on_test_is_finished_once_its_folder_holds_the_evaluation(tmp_path):
+    job = Job(tmp_path / "a", (), True)
+    finish(job.folder)
+    assert is_finished(job)
+    record = {"kind": "train", "split": "train", "step": 1}
+    (job.folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert not is_finished(job)
+    (job.folder / "metrics.jsonl").unlink()
+    assert not is_finished(job)
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("refused"), KeyError("gone")])
@@ -252,10 +293,10 @@ def jobs(folder, *names: str) -> list[Job]:
 
 def test_fewer_runs_go_at_a_time_once_memory_was_too_little(tmp_path, monkeypatch, capsys):
     pool = Together(most=2)
-    chains = [iter([(0, jobs(tmp_path, "a1", "a2", "a3", "a4", "a5")), (1, jobs(tmp_path, "a6"))])]
+    chains = [iter([(0, jobs(tmp_path, *(f"a{i}" for i in range(1, 8)))), (1, jobs(tmp_path, "a8"))])]
     assert run_together(pool, monkeypatch, chains, slots=4)
-    assert len(list(tmp_path.iterdir())) == 6, "every run was made in the end, the second stage after the first"
-    assert pool.sizes == [4, 3, 1, 1]
+    assert len(list(tmp_path.iterdir())) == 8, "every run was made in the end, the second stage after the first"
+    assert pool.sizes == [4, 3, 2, 1, 1]
     assert "a3 too little; again later, 3 runs at a time\n" in capsys.readouterr().out
 
 
@@ -393,6 +434,46 @@ def test_no_run_starts_after_the_time_is_up(tmp_path, made):
     jobs = [Job(tmp_path / "x", (), True)]
     assert not run_chains(Serial(), [iter([(0, jobs)])], slots=1, seconds=0)
     assert made == []
+
+
+def test_no_run_starts_beside_others_once_the_time_is_up(tmp_path, monkeypatch, made):
+    clock, work = [0.0], workers.work
+
+    def slow(job: Job) -> str | None:
+        clock[0] += 10
+        return work(job)
+
+    monkeypatch.setattr(workers, "work", slow)
+    monkeypatch.setattr(workers.time, "monotonic", lambda: clock[0])
+    assert not run_chains(Serial(), [iter([(0, jobs(tmp_path, "a", "b"))])], slots=2, seconds=5)
+    assert made == ["a"]
+
+
+def test_what_is_not_complete_is_told(tmp_path, capsys):
+    carry_out([], 1, 0)
+    assert capsys.readouterr().out == ""
+    carry_out([iter([(0, jobs(tmp_path, "a"))])], 1, 0)
+    assert capsys.readouterr().out == "not complete: the same command goes on\n"
+
+
+def test_runs_that_diverge_say_nothing_of_the_memory(tmp_path, monkeypatch):
+    """They may have ended before they needed it."""
+    pool = Together(most=1)
+    chains = [iter([(0, jobs(tmp_path, "a", "b")), (0, jobs(tmp_path, *(f"c{i}" for i in range(9))))])]
+    end = pool.end
+
+    def ended() -> None:
+        if pool.open[0][1].folder.name.startswith("c"):
+            pool.sizes.append(len(pool.open))
+            for future, _ in pool.open:
+                future.set_result("error: it diverged")
+            pool.open = []
+        else:
+            end()
+
+    monkeypatch.setattr(pool, "end", ended)
+    assert run_together(pool, monkeypatch, chains, slots=2)
+    assert pool.sizes == [2, 1, *[1] * 9]
 
 
 ODD = "a=b, c(d)[e]'f'"
