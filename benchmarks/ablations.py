@@ -2,9 +2,10 @@
 
     python -m benchmarks.ablations --out outputs/ablations --rate 6e-4 --jobs 2 paths.data_dir=/data
 
-The learning rate is held for all settings. Writes ablations.csv, a row per run with the metrics on test data, and
-ablations.md, mean and standard deviation over seeds. Finished runs are skipped; the tables hold all of them, also those
-of earlier calls. The NLL on validation data stands beside the test metrics: choose by that one.
+The learning rate is held for all settings, and so is KEY=VALUE but by a setting that changes that key. Writes, in a
+folder named after the task, ablations.csv, a row per run with the metrics on test data, and ablations.md, mean and
+standard deviation over seeds. Finished runs are skipped; the tables hold all of them, also those of earlier calls. The
+NLL on validation data stands beside the test metrics: choose by that one.
 """
 
 import math
@@ -12,10 +13,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting
-from benchmarks.options import parse, parser_of
-from benchmarks.workers import Job, is_finished, run_chains
-from pipeline.processes import processes
+import numpy as np
+
+from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting, check_common
+from benchmarks.options import alone_in, one_line_errors, parse, parser_of
+from benchmarks.workers import Job, carry_out, is_finished
 from utils.report_rows import METRICS
 from utils.run import read_metrics, write_csv_atomic, write_text_atomic
 
@@ -49,8 +51,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 def job_of(task: str, label: str, rate: float, seed: int, out: Path, common: Sequence[str] = ()) -> Job:
     """One setting with one seed."""
     name = "".join(c if c.isalnum() else "_" for c in label)
-    overrides = Comparison(out, common).overrides(task, "sgp", seed, Setting(rate), more=SETTINGS[label])
-    return Job(out / task / name / f"seed{seed}", overrides, True)
+    overrides = Comparison(out, common).overrides(task, "sgp", seed, Setting(rate))
+    return Job(out / task / name / f"seed{seed}", (*overrides, *SETTINGS[label]), True)
 
 
 def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | float]]:
@@ -81,7 +83,7 @@ def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
         for name in (*METRICS, "validation_nll"):
             factor, digits = (100, 1) if name in ("acc", "ece") else (1, 3)
             values = [factor * float(row[name]) for row in own]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {label} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -107,18 +109,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in SEEDS
     }
     asked = [job for (label, _), job in jobs.items() if label in arguments.only]
-    try:
-        Comparison(out, arguments.overrides).check()
-        results(jobs)  # refuses a folder of other settings before any run
-        with processes(arguments.jobs) as pool:
-            run_chains(pool, [iter([(0, asked)])], arguments.jobs, arguments.seconds)
-        rows = results(jobs)
-    except ValueError as error:
-        parser.error(str(error))
-    if not rows:
-        parser.error("no run has finished: see the lines above for what went wrong")
-    write(rows, out)
-    print(markdown(rows))
+    with one_line_errors():
+        check_common(arguments.overrides)
+        with alone_in(out):
+            results(jobs)  # refuses a folder of other settings before any run
+            carry_out([iter([(0, asked)])], arguments.jobs, arguments.seconds)
+            if not (rows := results(jobs)):
+                raise RuntimeError("no run has finished: see the lines above")
+            write(rows, out / arguments.task)
+        print(markdown(rows))
 
 
 if __name__ == "__main__":
