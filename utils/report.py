@@ -4,9 +4,10 @@ python -m utils.report RUNS... [--out DIR] [--split test]
 python -m utils.report --from-csv results.csv... [--out DIR] [--split test]
 
 RUNS are run folders, or folders that hold some. Writes results.csv (a row per evaluation), report.md, report.tex,
-report.csv and figures to DIR. Where runs have saved their validation predictions (eval.save_validation), tables say
-what temperature scaling makes of every method. With --from-csv the tables, and the figure of accuracy against
-calibration, are made from the numbers in one or more results.csv alone.
+report.csv and figures to DIR. Only runs that differ in nothing but the seed are averaged; the model, task or method of
+others is named with the settings that differ, as in "mle [lr=0.001]". Where runs have saved their validation
+predictions (eval.save_validation), tables say what temperature scaling makes of every method. With --from-csv the
+tables, and the figure of accuracy against calibration, are made from the numbers in one or more results.csv alone.
 """
 
 import argparse

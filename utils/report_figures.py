@@ -1,5 +1,6 @@
 """Figures of a report: reliability side by side, accuracy against calibration, and metrics against samples."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,18 @@ from utils.report_tables import Column, values
 
 PER_ROW = 4
 """Panels side by side."""
+LONGEST = 100
+"""Characters of a file's name, but for its ending: the names of data files can be part of it."""
 SampleCurve = tuple[list[int], list[float], list[float]]
 """Numbers of samples, and for each the NLL (nats) and the ECE."""
 
 
 def file_name(kind: str, *names: str) -> str:
-    """kind_name_....png, with what a file name should not hold replaced."""
-    return "_".join([kind, *(re.sub(r"[^\w.-]+", "-", name).strip("-") for name in names)]) + ".png"
+    """kind_name_....png, with what a file name should not hold replaced; a long one ends in a hash of the whole."""
+    text = "_".join([kind, *(re.sub(r"[^\w.-]+", "-", name).strip("-") for name in names)])
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return text + ".png"
 
 
 def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: Path) -> Path:

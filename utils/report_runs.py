@@ -1,7 +1,7 @@
 """The numbers of finished runs: one row per run, split and prediction."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,33 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from utils.report_rows import AUROCS, METRICS, Row
+from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row
 from utils.report_scores import Prediction, running_log_probs
 from utils.run import METRICS_FILE, RELIABILITY_FILE, read_metrics
 from utils.settings import NOT_IN_TRAIN_FINGERPRINT
 
-VARIED = (
-    *("method.factory", "peft", "opt", "train", "quantization", "dtype"),
-    *("dset.scoring", "dset.validation_fraction", "dset.validation_subset", "dset.test_subset", "eval.keep"),
+MODEL = (
+    *("llm.name_or_path", "llm.revision", "llm.random_init", "llm.random_init_seed", "llm.architecture"),
+    *("llm.config_overrides", "llm.tokenizer", "llm.pypi.file"),
 )
-"""Groups and keys of the configuration whose differing keys make a variant."""
+"""Groups and keys of the configuration whose differing keys make another model."""
+DATA = (
+    *("dset.schema", "dset.path", "dset.config", "dset.splits"),
+    *("dset.train_file", "dset.validation_file", "dset.test_file"),
+)
+"""Those that make another task."""
+BASE = (
+    *("quantization", "dtype", "dset.scoring", "dset.prompt_label", "dset.prompt_choice", "dset.labels"),
+    *("dset.max_length", "dset.too_long", "dset.test_subset"),
+)
+"""Those that make a variant, and change the base model's predictions too."""
+VARIED = (
+    *(*BASE, "method.factory", "peft", "opt", "train"),
+    *("dset.validation_fraction", "dset.validation_subset", "eval.keep"),
+)
+"""Those that make a variant."""
+SAMPLES = "MC"
+"""One more: the number of samples of the method's own prediction, whatever ``eval.n_mc`` is to a method without any."""
 NOT_VARIED = (*NOT_IN_TRAIN_FINGERPRINT, "_target_", "init_seed")
 """Keys below them that change no result, or only with the seed or the method."""
 SAME_MODEL = 0.01
@@ -36,6 +53,7 @@ class Run:
 
     folder: Path
     settings: dict[str, Any]
+    """Those that tell runs apart, by dotted name, and ``SAMPLES``."""
     rows: list[Row]
     files: list[Path]
     """For each row the file of its raw predictions, which need not exist."""
@@ -63,19 +81,25 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
             notes.append(f"left out {folder}: {' '.join(str(error).split())}")
     if not runs:
         raise FileNotFoundError(f"none of the {len(folders)} runs below {where} has finished: {notes[0]}")
+    _name_apart(runs, MODEL, "model")
+    _name_apart(runs, DATA, "task")
     _name_variants(runs)
+    other_bases = _other_bases(runs)
+    notes += other_bases.values()
     rows: dict[tuple[Any, ...], Row] = {}
     files: dict[tuple[Any, ...], Path] = {}
     for run in runs:
         for row, file in zip(run.rows, run.files, strict=True):
+            if row.method == ZERO_SHOT and run.folder in other_bases:
+                continue
             key = (*row.run, row.split, row.mc)
             if key in rows:
-                if row.method == "zero_shot" and abs((row.nll or 0.0) - (rows[key].nll or 0.0)) > SAME_MODEL:
+                if row.method == ZERO_SHOT and abs((row.nll or 0.0) - (rows[key].nll or 0.0)) > SAME_MODEL:
                     notes.append(
-                        f"left out the base model of {run.folder}, {row.split}: not that of {files[key].parent}; "
-                        "report runs of one dset.scoring, dtype and quantization at a time"
+                        f"left out the base model of {run.folder}, {row.split}: not that of {files[key].parent}, "
+                        "though the settings are the same (dtype=auto depends on the device); report the two apart"
                     )
-                elif row.method != "zero_shot":
+                elif row.method != ZERO_SHOT:
                     notes.append(f"left out {run.folder}, {row.split} MC={row.mc}: repeats {files[key].parent}")
                 continue
             rows[key], files[key] = row, file
@@ -115,16 +139,19 @@ def _read_run(folder: Path) -> Run:
     }
     rows = []
     for record in finals:
-        method = "zero_shot" if record["mc"] == "zero_shot" else config["method"]["name"]
+        method = ZERO_SHOT if record["mc"] == ZERO_SHOT else config["method"]["name"]
         metrics: dict[str, Any] = {
             key: _finite(record[key] if key in METRICS else record.get(key)) for key in (*METRICS, *AUROCS)
         }
-        steps = 0 if method == "zero_shot" else record["step"]
-        mc = "zero_shot" if method == "zero_shot" else str(record["mc"])
+        steps = 0 if method == ZERO_SHOT else record["step"]
+        mc = ZERO_SHOT if method == ZERO_SHOT else str(record["mc"])
         rows.append(Row(**shared, method=method, split=record["split"], mc=mc, steps=steps, **metrics))
     settings = dict(
-        pair for group in VARIED for pair in _leaves(group, OmegaConf.select(OmegaConf.create(config), group))
+        pair
+        for group in (*MODEL, *DATA, *VARIED)
+        for pair in _leaves(group, OmegaConf.select(OmegaConf.create(config), group))
     )
+    settings[SAMPLES] = next((row.mc for row in rows if row.mc.isdigit()), "mean")
     files = [folder / f"predictions_{r['split'].replace(':', '_')}_mc{r['mc']}.npz" for r in finals]
     return Run(folder, settings, rows, files)
 
@@ -140,27 +167,63 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key in value:
             yield from _leaves(f"{name}.{key}", value[key])
     elif leaf not in NOT_VARIED:
-        yield name, ("set" if value else "none") if leaf in PATHS else str(value)
+        yield name, ("set" if value else "none") if leaf in PATHS else " ".join(str(value).split())
+
+
+def _differing(runs: Sequence[Run], groups: Sequence[str]) -> set[str]:
+    """The settings of some groups that are not the same in all runs."""
+    names = {name for run in runs for name in run.settings if f"{name}.".startswith(tuple(f"{g}." for g in groups))}
+    return {name for name in names if len({run.settings.get(name) for run in runs}) > 1}
+
+
+def _told(run: Run, names: Iterable[str]) -> str:
+    return ", ".join(f"{name.rsplit('.', 1)[-1]}={run.settings.get(name)}" for name in sorted(names))
+
+
+def _name_apart(runs: Sequence[Run], groups: Sequence[str], part: str) -> None:
+    """Add to the name of a model, or of a task, the settings in which the runs that bear it differ."""
+    of_name: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        of_name.setdefault((run.rows[0].model, getattr(run.rows[0], part)), []).append(run)
+    for alike in of_name.values():
+        if names := _differing(alike, groups):
+            for run in alike:
+                for row in run.rows:
+                    setattr(row, part, f"{getattr(row, part)} [{_told(run, names)}]")
 
 
 def _name_variants(runs: Sequence[Run]) -> None:
     """Label each method's runs with the settings in which its runs of one task, model and size differ."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault(_method_of(run)[:4], []).append(run)
+        groups.setdefault((_method_of(run), *_base_of(run)), []).append(run)
     varied: dict[str, set[str]] = {}
     for (method, *_), group in groups.items():
-        names = {name for run in group for name in run.settings}
-        varied.setdefault(method, set()).update(
-            name for name in names if len({run.settings.get(name) for run in group}) > 1
-        )
+        varied.setdefault(method, set()).update(_differing(group, (*VARIED, SAMPLES)))
     for run in runs:
-        differing = sorted(varied[_method_of(run)[0]])
-        text = ", ".join(f"{name.rsplit('.', 1)[-1]}={run.settings.get(name)}" for name in differing)
+        text = _told(run, varied[_method_of(run)])
         for row in run.rows:
-            row.variant = "" if row.method == "zero_shot" else text
+            row.variant = "" if row.method == ZERO_SHOT else text
 
 
-def _method_of(run: Run) -> tuple[str, ...]:
-    row = next((row for row in run.rows if row.method != "zero_shot"), run.rows[0])
-    return row.method, row.model, row.task, row.train_size
+def _other_bases(runs: Sequence[Run]) -> dict[Path, str]:
+    """By folder what tells a run's base model from that of the first run of its task, model and size."""
+    first: dict[tuple[str, ...], Run] = {}
+    found = {}
+    for run in runs:
+        if any(row.method == ZERO_SHOT for row in run.rows):
+            other = first.setdefault(_base_of(run), run)
+            if names := _differing([other, run], BASE):
+                text = f"not that of {other.folder}, {', '.join(sorted(names))} differing; report the two apart"
+                found[run.folder] = f"left out the base model of {run.folder}: {text}"
+    return found
+
+
+def _method_of(run: Run) -> str:
+    return next((row.method for row in run.rows if row.method != ZERO_SHOT), ZERO_SHOT)
+
+
+def _base_of(run: Run) -> tuple[str, str, str]:
+    """What the base model of a run is evaluated for."""
+    row = run.rows[0]
+    return row.model, row.task, row.train_size

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,19 @@ def test_another_base_model_is_not_left_out_in_silence(tmp_path):
         if record.get("mc") == "zero_shot":
             record["nll"] += 0.5
     (tmp_path / "b" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert any("not that of" in note and "dset.scoring" in note for note in collect([tmp_path])[2])
+    assert any("not that of" in note and "the settings are the same" in note for note in collect([tmp_path])[2])
+
+
+def test_base_models_that_differ_in_a_setting_are_not_averaged(tmp_path):
+    """One run per seed, so none repeats another: only the settings tell that the two belong apart."""
+    for seed, scoring in enumerate(("label", "choice_sum", "label")):
+        changed_config(write_run(tmp_path / str(seed), seed=seed), {"dset.scoring": scoring})
+    rows, _, (note,) = collect([tmp_path])
+    assert {row.seed for row in rows if row.method == "zero_shot"} == {0, 2}
+    assert note == (
+        f"left out the base model of {tmp_path}/1: not that of {tmp_path}/0, dset.scoring differing; "
+        "report the two apart"
+    )
 
 
 def test_variants_are_named_by_what_differs(tmp_path):
@@ -195,11 +208,60 @@ def test_variants_differ_in_what_changes_a_result_within_a_task(tmp_path):
     assert labels == {"zero_shot", "mle [test_subset=None]", "mle [test_subset=100]"}
 
 
-def changed_config(folder: Path, changed: dict[str, int | None]) -> None:
+@pytest.mark.parametrize(
+    ("key", "first", "second", "model", "task"),
+    [
+        ("llm.name_or_path", "/a/tiny", "/b/tiny", "tiny [name_or_path={}]", "arc"),
+        ("llm.architecture", {"hidden_size": 16}, {"hidden_size": 32}, "tiny [hidden_size={}]", "arc"),
+        ("dset.config", "anatomy", "astronomy", "tiny", "arc [config={}]"),
+        ("dset.test_file", "/a/test.jsonl", "/b/test.jsonl", "tiny", "arc [test_file={}]"),
+    ],
+)
+def test_other_models_and_data_are_told_apart_whatever_the_seed(tmp_path, key, first, second, model, task):
+    """Seeds 0 and 1 of one, 2 and 3 of the other; tables, base models and figures follow the names."""
+    for seed, value in enumerate((first, first, second, second)):
+        changed_config(write_run(tmp_path / "runs" / str(seed), seed=seed), {key: value})
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    found: dict[tuple[str, str], set[int]] = {}
+    for row in read_csv(tmp_path / "out" / "results.csv"):
+        assert (row.label, row.train_size) in {("mle", "64"), ("zero_shot", "64")}
+        found.setdefault((row.model, row.task), set()).add(row.seed)
+    names = [next(iter(v.values())) if isinstance(v, dict) else v for v in (first, second)]
+    assert found == {(model.format(v), task.format(v)): seeds for v, seeds in zip(names, ({0, 1}, {2, 3}), strict=True)}
+    assert len(list((tmp_path / "out").glob("reliability_*.png"))) == 2
+
+
+def test_names_of_data_files_fit_into_names_of_figures(tmp_path):
+    for seed, folder in enumerate(("a" * 120, "b" * 120)):
+        files = {f"dset.{split}_file": f"/data/{folder}/{split}.jsonl" for split in ("train", "test")}
+        changed_config(write_run(tmp_path / "runs" / str(seed), seed=seed), files)
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("reliability_*.png"))) == 2
+
+
+def test_numbers_of_samples_are_variants_of_methods_that_sample_only(tmp_path):
+    for seed, samples in enumerate((8, 4)):
+        changed_config(write_run(tmp_path / f"mle{seed}", seed=seed), {"eval.n_mc": samples})
+        folder = changed_config(write_run(tmp_path / f"sgp{seed}", "sgp", seed), {"eval.n_mc": samples})
+        log = folder / "metrics.jsonl"
+        log.write_text(log.read_text().replace('"mc": 8', f'"mc": {samples}'))
+    labels = {(row.label, row.seed) for row in collect([tmp_path])[0] if row.method != "zero_shot"}
+    assert labels == {("mle", 0), ("mle", 1), ("sgp [MC=8]", 0), ("sgp [MC=4]", 1)}
+
+
+def test_prompts_and_rates_are_variants_in_one_line(tmp_path):
+    for seed, (prompt, rate) in enumerate((("Q:\nA:", 2e-3), ("Q:", 1e-3))):
+        changed_config(write_run(tmp_path / str(seed), seed=seed), {"dset.prompt_choice": prompt, "opt.lr": rate})
+    labels = {row.label for row in collect([tmp_path])[0] if row.method == "mle"}
+    assert labels == {"mle [prompt_choice=Q: A:, lr=0.002]", "mle [prompt_choice=Q:, lr=0.001]"}
+
+
+def changed_config(folder: Path, changed: dict[str, Any]) -> Path:
     config = OmegaConf.load(folder / "config.yaml")
     for key, value in changed.items():
         OmegaConf.update(config, key, value)
     OmegaConf.save(config, folder / "config.yaml")
+    return folder
 
 
 @pytest.mark.parametrize(
