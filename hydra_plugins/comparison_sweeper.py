@@ -5,7 +5,7 @@ from typing import Any
 
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 
 class ComparisonSweeper(Sweeper):
@@ -21,11 +21,21 @@ class ComparisonSweeper(Sweeper):
         times: so many times the tasks' epochs.
         rules: by what settings are chosen (nll, acc), in order of importance.
         params: of Hydra's own sweeper; not used.
+
+    Raises:
+        ValueError: for a value of another kind; what ``Comparison.run`` refuses is left to it.
     """
 
     def __init__(
         self, tasks: list[str], jobs: int, seconds: float | None, times: int, rules: list[str], params: Any = None
     ) -> None:
+        for key, names, example in (("tasks", tasks, "[sst2_500]"), ("rules", rules, "[nll,acc]")):
+            if not (isinstance(names, list | ListConfig) and names):
+                raise ValueError(f"hydra.sweeper.{key}={names}: expected a list such as {example}")
+        if type(jobs) is not int or jobs < 1:
+            raise ValueError(f"hydra.sweeper.jobs={jobs}: expected a whole number, at least 1")
+        if seconds is not None and not (type(seconds) in (int, float) and seconds >= 0):
+            raise ValueError(f"hydra.sweeper.seconds={seconds}: expected a number, at least 0, or null")
         self.tasks = tasks
         self.jobs = jobs
         self.seconds = float("inf") if seconds is None else seconds

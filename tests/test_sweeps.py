@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import train_script as ts
 from benchmarks.comparison import Comparison
 from hydra_plugins.comparison_sweeper import ComparisonSweeper
 from utils.run import read_metrics
@@ -66,3 +67,28 @@ def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
     sweeper.sweep(["experiment=benchmark_small", "llm=tiny", "paths.data_dir=x"])
     comparison = Comparison(tmp_path, ["llm=tiny", "paths.data_dir=x"], times=4)
     assert said == [(comparison, ["sst2_500", "small"], 3, float("inf"), ["acc"])]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seconds=abc", "hydra.sweeper.seconds=abc: expected a number, at least 0, or null"),
+        ("seconds=-1", "hydra.sweeper.seconds=-1: expected a number"),
+        ("jobs=two", "hydra.sweeper.jobs=two: expected a whole number, at least 1"),
+        ("jobs=0", "hydra.sweeper.jobs=0: expected a whole number, at least 1"),
+        ("tasks=null", "hydra.sweeper.tasks=None: expected a list such as [sst2_500]"),
+        ("tasks=sst2_500", "hydra.sweeper.tasks=sst2_500: expected a list"),
+        ("rules=[]", "hydra.sweeper.rules=[]: expected a list such as [nll,acc]"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line_before_any_run(tmp_path, monkeypatch, change, message):
+    out = tmp_path / "out"
+    own = ["experiment=benchmark_small", "llm=tiny", f"hydra.sweep.dir={out}", f"hydra.sweeper.{change}"]
+    monkeypatch.setattr(sys, "argv", ["train_script.py", *own])
+    monkeypatch.setattr(ts, "DEBUG", False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")
+    with pytest.raises(SystemExit) as stop:
+        ts.launch(ts.main)
+    assert str(stop.value.code).startswith(f"error: {message}")
+    assert not (out / "tuning.json").exists()
