@@ -28,16 +28,20 @@ class Measurement(NamedTuple):
 def measure(
     call: Callable[[], Any], device: torch.device, warmup: int, repeats: int, seconds: float = float("inf")
 ) -> Measurement:
-    """Time ``call``, the device idle before and after each repetition.
+    """Time ``call`` on ``device``, which is idle before and after each repetition.
 
     Slow calls are repeated ``FEWEST`` times at least, and then no more once ``seconds`` have passed.
     """
     on_gpu = device.type == "cuda"
-    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+
+    def synchronize() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
     for _ in range(warmup):
         call()
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     times: list[float] = []
     for _ in range(repeats):
         if len(times) >= FEWEST and sum(times) > 1e3 * seconds:
@@ -48,7 +52,7 @@ def measure(
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return Measurement(statistics.median(times), high - low, len(times), peak)
 
 
