@@ -12,6 +12,7 @@ to PEFT's LoRA with its default float32 adapters.
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -27,13 +28,16 @@ from benchmarks.measure import environment, measure
 from bnn.methods.base import Method, trainable
 from bnn.objective import Loss, negative_elbo
 from pipeline.graphs import StepGraphs
+from pipeline.run import CONFIGS
+from train_script import USER_ERRORS
 from utils.data.batch import Batch
-from utils.llm import load_model
+from utils.llm import load_model, resolve_device
 from utils.run import write_json_atomic
-from utils.settings import compose, plain
+from utils.settings import compose, one_line, plain
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BASELINE = "LoRA (float32)"
+LEAST = {"samples": 1, "warmup": 0, "repeats": 1, "shrink": 1}
+"""The smallest value of an option."""
 
 
 class PlainLora(Method):
@@ -158,10 +162,20 @@ def fixed_length(input_ids: Tensor) -> Batch:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything; returns the record, which is written to ``<out>.json`` after each variant."""
+    """Measure everything; returns the record, which is written to ``<out>.json`` after each variant.
+
+    Raises:
+        ValueError: before the model is loaded, for a number that is too small.
+        RuntimeError: for a device that is not there.
+    """
+    for option, least in LEAST.items():
+        if (value := getattr(arguments, option)) < least:
+            raise ValueError(f"--{option} {value}: expected {least} or more")
     settings = [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused"]
     cfg = compose(CONFIGS, settings)
-    device = torch.device(arguments.device)
+    device = resolve_device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
     llm["cache_dir"] = Path("unused")
@@ -205,7 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="per workload; slow ones are repeated less often")
     parser.add_argument("--shrink", type=int, default=1, help="divide the sequence lengths 128 and 256 by this")
     parser.add_argument("--out", default="outputs/speed", help="where to write, without suffix")
-    record = run(parser.parse_args(argv))
+    try:
+        record = run(parser.parse_args(argv))
+    except USER_ERRORS as error:
+        sys.exit(one_line(error, CONFIGS))
     out = Path(record["command"]["out"])
     draw_speed(record, BASELINE, out.with_name(f"{out.name}.png"))
 

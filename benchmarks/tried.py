@@ -10,6 +10,7 @@ per setting). A setting counts once, with the mean over the seeds it was trained
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,11 @@ LOWEST = 0.15
 
 
 def read(path: Path) -> Tried:
-    """What ``tuning.json`` holds: task -> method -> setting -> seed -> metrics. Tasks without a run are left out."""
+    """What ``tuning.json`` holds: task -> method -> setting -> seed -> metrics. Tasks without a run are left out.
+
+    Raises:
+        ValueError: if the file cannot be read, holds something else, or no run.
+    """
     names = ("acc", "nll", "ece")
 
     def found(settings: dict[str, dict[str, dict[str, float]]]) -> Found:
@@ -49,11 +54,19 @@ def read(path: Path) -> Tried:
         metrics = [{name: statistics.mean(run[name] for run in runs) for name in names} for runs in whole]
         return Found(metrics, len(settings) - len(whole))
 
-    table = {
-        task: {method: found(settings) for method, settings in of.items()}
-        for task, of in json.loads(path.read_text()).items()
-    }
+    remedy = "name the tuning.json of a comparison"
+    try:
+        table = {
+            task: {method: found(settings) for method, settings in of.items()}
+            for task, of in json.loads(path.read_text()).items()
+        }
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: {remedy}") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another kind: {remedy}") from error
     filled = {task: {method: own for method, own in of.items() if own.metrics} for task, of in table.items()}
+    if not any(filled.values()):
+        raise ValueError(f"{path} has no finished run: {remedy} that has begun")
     return {task: of for task, of in filled.items() if of}
 
 
@@ -98,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", help="all if absent")
     parser.add_argument("--out", type=Path, default=Path())
     arguments = parser.parse_args(argv)
-    tried = read(arguments.tuning)
+    try:
+        tried = read(arguments.tuning)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if missing := set(arguments.tasks or ()) - tried.keys():
         parser.error(f"{arguments.tuning} has no runs of {', '.join(sorted(missing))}: it has {', '.join(tried)}")
     tried = {task: of for task, of in tried.items() if task in (arguments.tasks or tried)}

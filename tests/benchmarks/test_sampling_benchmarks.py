@@ -1,6 +1,7 @@
 """The benchmarks of speed and of sampling from end to end, tiny and on a CPU: their records and what must hold."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ TINY = (
     *("dset.train_subset=8", "dset.validation_subset=6", "dset.test_subset=6", "peft.target_modules=[q_proj,v_proj]"),
     *("inducing.q_sd=1.0", "inducing.prior_sd=30"),  # draws that differ by much
 )
+
+NOT_LOADED = ("dtype", "target_modules", "tokenizer")
+"""Keys of ``llm`` that ``load_model`` does not take."""
 
 
 def record_of(out: Path) -> dict[str, Any]:
@@ -60,6 +64,52 @@ def test_speed(tmp_path):
     parameters = {name: row["parameters"] for name, row in results.items()}
     assert parameters["LoRA (bfloat16)"] == parameters[speed.BASELINE] < parameters["DoRA"]
     assert parameters["SGP-LoRA"] == parameters["SGP-LoRA, no CUDA graph"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--llm", "nosuch"], "llm=nosuch: no such file in configs/llm"),
+        (["--repeats", "0"], "--repeats 0: expected 1 or more"),
+        (["--warmup", "-1"], "--warmup -1: expected 0 or more"),
+        (["--samples", "0"], "--samples 0: expected 1 or more"),
+        (["--shrink", "0"], "--shrink 0: expected 1 or more"),
+        (["--device", "nosuch"], "unknown device 'nosuch'"),
+    ],
+)
+def test_speed_refuses_in_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(speed, "load_model", None)
+    with pytest.raises(SystemExit) as stop:
+        speed.main(["--llm", "tiny", "--device", "cpu", "--out", str(tmp_path / "speed"), *change])
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*", str(stop.value.code))
+
+
+def test_speed_makes_the_named_gpu_the_current_one(monkeypatch):
+    """CUDA graphs are recorded on the current GPU, whatever the tensors are on."""
+
+    def load_model(device, **_):
+        raise ValueError(f"{device} after {chosen}")
+
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(speed, "resolve_device", torch.device)
+    monkeypatch.setattr(speed, "load_model", load_model)
+    with pytest.raises(SystemExit, match=r"cuda:1 after \[device\(type='cuda', index=1\)\]"):
+        speed.main(["--llm", "tiny", "--device", "cuda:1"])
+
+
+def test_a_timed_training_step_trains(tmp_path):
+    """With the gradient alone a step would be shorter than those that are made in training."""
+    method = speed.PlainLora(True)
+    llm = {k: v for k, v in plain(speed.compose(speed.CONFIGS, ["llm=tiny"]).llm).items() if k not in NOT_LOADED}
+    base = load_model(dtype=torch.float32, device=torch.device("cpu"), cache_dir=tmp_path, **llm)
+    model = method.adapt(base, {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    with speed.workloads(model, method, 32, 2)["train 4x4"] as step:
+        step()
+    assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+    assert all(p.grad is None for p in trained), "the next step starts without a gradient"
 
 
 def test_sampler_cost(tmp_path):
@@ -112,7 +162,7 @@ def make_run(folder: Path, *extra: str) -> DictConfig:
     """A run's folder as far as it is read: the settings, and an adapter that was not trained."""
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = hydra.compose("train", [*TINY, f"paths.output_dir={folder}", *extra])
-    llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
+    llm = {k: v for k, v in plain(cfg.llm).items() if k not in NOT_LOADED}
     llm["cache_dir"] = folder
     base = load_model(dtype=torch.float32, device=torch.device("cpu"), **llm)
     method = instantiate(cfg.method.factory, _convert_="all")
@@ -201,3 +251,6 @@ def test_sample_error_refuses_what_it_cannot_use(tmp_path):
         sample_error.settings(tmp_path / "mle", [])
     with pytest.raises(ValueError, match="at least 2"):
         sample_error.run(Namespace(groups=1, largest=8))
+    with pytest.raises(SystemExit) as stop:
+        sample_error.main([str(tmp_path / "none")])
+    assert stop.value.code == f"error: {tmp_path / 'none'} has no config.yaml: name the folder of a finished run"

@@ -34,3 +34,25 @@ def test_files_and_an_unknown_task(tuning, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tried.main([str(tuning), "--tasks", "cola"])
     assert "no runs of cola: it has sst2_100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory: name the tuning.json of a comparison"),
+        ('{"sst2_100": {', "is damaged or of another kind: name the tuning.json"),
+        ("[]", "is damaged or of another kind"),
+        ('{"sst2_100": {"mle": {"1e-4": {"100": {"acc": 0.8}}}}}', "is damaged or of another kind"),
+        ("{}", "has no finished run: name the tuning.json"),
+        ('{"sst2_100": {"mle": {"1e-4": {}}}}', "has no finished run"),
+    ],
+)
+def test_a_file_without_results_is_one_line(tmp_path, text, message):
+    path = tmp_path / "tuning.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        tried.main([str(path), "--out", str(tmp_path / "out")])
+    assert str(stop.value.code).startswith(f"error: {path}")
+    assert message in str(stop.value.code)
+    assert not (tmp_path / "out").exists()
