@@ -1,5 +1,6 @@
 """AdaLoRA: a rank budget that moves to where it matters (Zhang et al., ICLR 2023), with PEFT's implementation."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,19 +102,31 @@ class AdaLoRA(Method):
         """Set the phases of the budget, in steps, and forget what an earlier training found important.
 
         Raises:
-            ValueError: for an adapter whose pruned ranks were cut off, which PEFT's allocation cannot train.
+            ValueError: for so few steps that the last pruning is after the first, which has found nothing important
+                yet; for an adapter whose pruned ranks were cut off, which PEFT's allocation cannot train.
         """
-        if not schedule.total_steps:
+        total = schedule.total_steps
+        if not total:
             return
+        if not self._enough(total):
+            least = next(steps for steps in itertools.count(total) if self._enough(steps))
+            raise ValueError(
+                f"method=adalora with final_fraction={self.final_fraction} needs {least} steps or more, one before the "
+                f"last pruning, and these are {total}: train for longer"
+            )
         config = _config(model)
         if any(len(E) != config.init_r for _, E, _ in _factors(model)):
             raise ValueError("the adapter's pruned ranks were cut off: start from one that method=adalora has saved")
-        config.total_step = schedule.total_steps
-        config.tinit = int(self.initial_fraction * schedule.total_steps)
-        config.tfinal = int(self.final_fraction * schedule.total_steps)
+        config.total_step = total
+        config.tinit = int(self.initial_fraction * total)
+        config.tfinal = int(self.final_fraction * total)
         config.deltaT, config.beta1, config.beta2 = self.allocation.values()
         config.orth_reg_weight = self.orthogonality
         self.load_state(model, {"sensitivity": {}, "uncertainty": {}, "kept": None})
+
+    def _enough(self, steps: int) -> bool:
+        """Whether a step is left before the last pruning, from which that knows what is important."""
+        return steps - int(self.final_fraction * steps) > 1
 
     @contextmanager
     def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Iterator[PointEstimate]:

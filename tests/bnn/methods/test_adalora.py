@@ -70,6 +70,18 @@ def test_the_budget_falls_cubically_to_the_asked_rank_and_the_loss_falls_too(mak
     assert loss_of(model, ids).item() < 0.9 * before
 
 
+@pytest.mark.parametrize(("final_fraction", "least"), [(0.45, 2), (2 / 3, 4), (0.8, 6)])
+def test_fewer_steps_than_pruning_needs_are_refused_before_the_first(make_llama, ids, final_fraction, least):
+    method = adalora(initial_fraction=0.1, final_fraction=final_fraction)
+    model = adapted(make_llama, method).train()
+    for steps in range(1, least):
+        with pytest.raises(ValueError, match=rf"needs {least} steps or more, .* these are {steps}: train for longer"):
+            method.start(model, Schedule(steps, steps, 3))
+    method.start(model, Schedule(least, least, 3))
+    optimizer = torch.optim.AdamW(method.parameter_groups(model, lr=0.05, weight_decay=0.0), foreach=False)
+    assert run(method, model, optimizer, ids, range(least))[-1] == FINAL
+
+
 def test_the_singular_values_kept_last_are_fixed(make_llama, ids):
     method, model, optimizer = started(make_llama)
     run(method, model, optimizer, ids, range(12))
