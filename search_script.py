@@ -42,7 +42,7 @@ from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
 from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, try_lock, work
-from utils.settings import check, check_types, compose, fingerprint, flat, one_line, plain
+from utils.settings import check, check_types, compose, differing, fingerprint, flat, one_line, plain
 
 logger = logging.getLogger("search")
 
@@ -173,10 +173,9 @@ def finals(cfg: DictConfig, base: Sequence[str], points: Sequence[Point]) -> dic
     ]
     for folder, settings in asked:
         made = folder / "config.yaml"
-        if made.is_file() and fingerprint(OmegaConf.load(made)) != fingerprint(settings):  # type: ignore[arg-type]
-            raise ValueError(
-                f"{folder} holds a run of another search: choose another paths.output_dir, or move it away"
-            )
+        if made.is_file() and (others := differing(fingerprint(OmegaConf.load(made)), fingerprint(settings))):  # type: ignore[arg-type]
+            remedy = "choose another paths.output_dir, or move it away"
+            raise ValueError(f"{folder} holds a run of another search ({', '.join(others)}): {remedy}")
     missing = [settings for folder, settings in asked if final_test(folder) is None]
     if at_once == 1:
         failures = [final(settings) for settings in missing]

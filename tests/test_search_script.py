@@ -131,8 +131,44 @@ def test_a_final_run_that_fails_is_reported_and_the_others_count(tmp_path, monke
 def test_final_runs_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
     folder = run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5]")
     (folder / "journal.log").unlink()
-    with pytest.raises(ValueError, match="trial0000_seed5 holds a run of another search"):
+    said = r"trial0000_seed5 holds a run of another search \(.*opt\.lr is \S+ there and \S+ now"
+    with pytest.raises(ValueError, match=said):
         run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5]", "search.seed=9")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("dset.train_subset=4", "dset.train_subset is 8 there and 4 now"),
+        ("search.n_mc=3", r"search\.n_mc is \d+ there and 3 now"),
+        ("search.space.opt.lr.low=1e-5", r"search\.space\.opt\.lr\.low is \S+ there and 1e-05 now"),
+    ],
+)
+def test_a_study_does_not_go_on_with_other_settings(tmp_path, monkeypatch, change, said):
+    monkeypatch.setattr(ss, "work", lambda *_, **__: None)
+    monkeypatch.setattr(ss, "report", lambda *_: None)
+    run(tmp_path / "a")
+    run(tmp_path / "a", "search.trials=3")
+    with pytest.raises(ValueError, match=f"study s began otherwise: {said}; go on with the settings there"):
+        run(tmp_path / "a", change)
+
+
+def test_torchrun_is_refused_before_any_trial(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun: start the same command several times"):
+        run(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [0, 1])
+def test_whoever_ends_last_writes_the_results(tmp_path, monkeypatch, elsewhere):
+    """Others that still work on the study will add trials: what is chosen without them would be out of date."""
+    monkeypatch.setattr(ss, "work", lambda *_, **__: None)
+    monkeypatch.setattr(ss.Worker, "running_elsewhere", lambda *_: elsewhere)
+    written: list[int] = []
+    monkeypatch.setattr(ss, "report", lambda *_: written.append(1))
+    run(tmp_path / "a")
+    assert len(written) == 1 - elsewhere
 
 
 def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):

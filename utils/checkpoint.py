@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from utils.run import check_disk, open_atomic
+from utils.settings import differing
 
 FOLDER = "checkpoint"
 FILE = "state.pt"
@@ -74,7 +75,11 @@ def load_checkpoint(run_dir: str | Path, fingerprint: Mapping[str, Any]) -> dict
     if hashlib.sha256(payload).hexdigest() != checksum:
         raise ValueError(f"{path} is damaged or cut short (checksum differs): {START_AFRESH}")
     state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    _check_fingerprint(path, _flat(state["fingerprint"]), _flat(_plain(fingerprint, "fingerprint")))
+    if others := differing(state["fingerprint"], _plain(fingerprint, "fingerprint")):
+        raise ValueError(
+            f"{path} belongs to another config: {', '.join(others)}; repeat that run's whole command with "
+            f"resume=true, or use another run folder, or {START_AFRESH}"
+        )
     return state
 
 
@@ -95,23 +100,3 @@ def _plain(value: Any, key: str) -> Any:
     raise TypeError(
         f"{key} is a {type(value).__name__}: a checkpoint holds only tensors, numbers, strings, lists, dicts"
     )
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        nested = isinstance(item, Mapping)
-        flat |= _flat(item, f"{prefix}{name}.") if nested else {f"{prefix}{name}": item}
-    return flat
-
-
-def _check_fingerprint(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the keys whose values differ."""
-    both = {key: (saved.get(key, "absent"), given.get(key, "absent")) for key in sorted(saved.keys() | given.keys())}
-    differing = [f"{key} is {before!r} there and {now!r} now" for key, (before, now) in both.items() if before != now]
-    if differing:
-        raise ValueError(
-            f"{path} belongs to another config: {', '.join(differing)}; repeat that run's whole command with "
-            f"resume=true, or use another run folder, or {START_AFRESH}"
-        )

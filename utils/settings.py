@@ -243,3 +243,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """For each setting that is not the same in both its dotted name and the two values."""
+    old, new = flat(before), flat(now)
+    both = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys())}
+    return [f"{key} is {there!r} there and {here!r} now" for key, (there, here) in both.items() if there != here]

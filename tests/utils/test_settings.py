@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
-from utils.settings import one_line
+from utils.settings import differing, one_line
 
 ALLOCATOR = "CUDA out of memory. Tried to allocate 1.02 GiB. GPU 1 has a total capacity of 79.18 GiB. Process 1 has"
 
@@ -105,3 +105,14 @@ def test_an_error_without_words_is_named():
 
 def test_the_plan_of_memory_says_its_own_remedies_once():
     assert one_line(TooLittleMemoryError("memory: 3 GB of 2 GB: set x"), Path()) == "error: memory: 3 GB of 2 GB: set x"
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    before = {"seed": 0, "opt": {"lr": 0.1, "betas": [0.9, 0.99]}, "peft": {"r": 8}}
+    assert differing(before, {"peft": {"r": 8}, "opt": {"betas": [0.9, 0.99], "lr": 0.1}, "seed": 0}) == []
+    assert differing(before, {"seed": None, "opt": {"lr": 0.2, "betas": [0.9, 0.99]}, "peft": {}}) == [
+        "opt.lr is 0.1 there and 0.2 now",
+        "peft is 'absent' there and {} now",
+        "peft.r is 8 there and 'absent' now",
+        "seed is 0 there and None now",
+    ]

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from utils.search.sampler import WORKER
 from utils.search.selection import SIGNS, Point
+from utils.settings import differing
 
 REASON, FINGERPRINT, VALUES, METRICS = "reason", "fingerprint", "values", "metrics"
 """User attributes of trials and studies."""
@@ -50,13 +51,10 @@ def open_study(
     directions: Any = ["maximize" if SIGNS[objective] < 0 else "minimize" for objective in objectives]
     storage = open_storage(location)
     known = {s.study_name: s for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
-    if name in known:
-        saved = known[name].user_attrs.get(FINGERPRINT, fingerprint)
-        for key in sorted(saved.keys() | fingerprint.keys()):
-            before, now = saved.get(key, "absent"), fingerprint.get(key, "absent")
-            if before != now:
-                remedy = f"set {key} back, or use another search.name and paths.output_dir"
-                raise ValueError(f"study {name} began otherwise: {key} is {before!r} there and {now!r} now; {remedy}")
+    begun = known[name].user_attrs.get(FINGERPRINT, fingerprint) if name in known else fingerprint
+    if others := differing(begun, fingerprint):
+        remedy = "go on with the settings there, or use another search.name and paths.output_dir"
+        raise ValueError(f"study {name} began otherwise: {', '.join(others)}; {remedy}")
     study = optuna.create_study(
         storage=storage, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
     )
