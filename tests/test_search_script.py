@@ -21,6 +21,7 @@ import search_script as ss
 from bnn.metrics import evaluate_predictions
 from pipeline import evaluation, training
 from pipeline.run import Run, prepare
+from utils.run import read_metrics
 from utils.search import pruning
 from utils.search.experiment import compose
 from utils.search.study import load_compared, points_of
@@ -181,6 +182,20 @@ def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):
     assert (
         evaluate_predictions(logits, answer) == points_of(load_compared(f"{folder}/journal.log", OBJECTIVES))[0].metrics
     )
+
+
+@pytest.mark.parametrize("more", [("method=mle", "eval.keep=best"), ("method=temperature",)], ids=["best", "fitted"])
+def test_a_trial_is_judged_by_what_a_run_ends_with(tmp_path, more):
+    """Its best adapter where that is kept, though at such rates the last is worse; and fitted. Nothing is drawn."""
+    lr = ("search.space.opt.lr.low=0.5", "search.space.opt.lr.high=1.0")
+    folder = run(tmp_path / "a", "search.trials=1", *lr, *more)
+    (judged,) = points_of(load_compared(f"{folder}/journal.log", OBJECTIVES))
+    cfg = OmegaConf.load(folder / "trials" / "0000" / "config.yaml")
+    cfg.paths.output_dir, cfg.eval.save_validation = str(tmp_path / "again"), True
+    ss.execute(cfg)
+    records = read_metrics(tmp_path / "again")
+    nll = [record["nll"] for record in records if (record["split"], record.get("mc")) == ("validation", "mean")]
+    assert judged.metrics["nll"] == nll[-1] < nll[-2], "the final evaluation, and that after the last step"
 
 
 def test_test_data_are_never_looked_at(tmp_path, monkeypatch):
