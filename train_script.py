@@ -76,13 +76,15 @@ def main(cfg: DictConfig) -> None:
 
 
 def launch(application: Callable[[], None]) -> None:
-    """Start a Hydra application; mistakes on the command line, and errors of a sweep, end in one line too."""
+    """Start a Hydra application; mistakes on the command line, errors of a sweep and Ctrl-C end in one line too."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
         application()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: runs that have ended are kept")
     except USER_ERRORS as error:
         if DEBUG:
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting, check_common
-from benchmarks.options import alone_in, one_line_errors, parse, parser_of
+from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
 from benchmarks.workers import Job, carry_out, is_finished
 from utils.report_rows import METRICS
 from utils.run import read_metrics, write_csv_atomic, write_text_atomic
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in SEEDS
     }
     asked = [job for (label, _), job in jobs.items() if label in arguments.only]
-    with one_line_errors():
+    with one_line_errors(GOES_ON):
         check_common(arguments.overrides)
         with alone_in(out):
             results(jobs)  # refuses a folder of other settings before any run

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from benchmarks.options import alone_in, one_line_errors, parse, parser_of
+from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
 from benchmarks.workers import Chain, Job, by_key, carry_out, has_ended, is_finished, startable, tuned
 from utils.run import write_json_atomic, write_text_atomic
 from utils.settings import quoted
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=1, help="so many times the tasks' epochs, in the search too")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="in order of importance")
     arguments = parse(parser, argv)
-    with one_line_errors():
+    with one_line_errors(GOES_ON):
         comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
         comparison.run(arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
 

@@ -28,7 +28,7 @@ from benchmarks.comparison import (
     chosen,
     means,
 )
-from benchmarks.options import alone_in, one_line_errors, parse, parser_of
+from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
 from benchmarks.workers import Chain, by_key, carry_out, startable
 
 METHODS = [name for method in RATES for name in (method, *AS.get(method, ()), *POST_HOC.get(method, ()))]
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="whose settings to train")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="those of interest")
     arguments = parse(parser, argv)
-    with one_line_errors():
+    with one_line_errors(GOES_ON):
         comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
         which = (arguments.rules, arguments.methods)
         run(comparison, arguments.tuning, arguments.tasks, arguments.jobs, arguments.seconds, *which)

@@ -1,19 +1,23 @@
-"""What the commands that make many runs have in common: options, KEY=VALUE anywhere, errors, a folder to themselves."""
+"""What commands have in common: errors in one line; those of many runs also options, and a folder to themselves."""
 
 import argparse
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.run import CONFIGS
+from train_script import USER_ERRORS
 from utils.search.study import try_lock
 from utils.settings import one_line
 
 OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.@]*=|~[A-Za-z_]")
 """How KEY=VALUE begins, or ~KEY; paths that contain = have a / before it."""
+
+GOES_ON = "interrupted: runs that have ended are kept; the same command goes on"
+"""What commands of many runs say at Ctrl-C."""
 
 
 def parser_of(description: str | None, out: Path) -> argparse.ArgumentParser:
@@ -37,15 +41,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return arguments
 
 
+def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Raise ValueError for a number below the smallest that its option takes."""
+    for option, smallest in least.items():
+        if (value := getattr(arguments, option)) < smallest:
+            raise ValueError(f"--{option} {value}: expected {smallest} or more")
+
+
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the command with one line for what a user can put right, and at Ctrl-C."""
+def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """End the command with one line for what a user can put right, and at Ctrl-C (``interrupted``)."""
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted: runs that have ended are kept; the same command goes on", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as error:
+    except USER_ERRORS as error:
         sys.exit(one_line(error, CONFIGS))
 
 

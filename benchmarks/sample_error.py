@@ -12,7 +12,6 @@ prediction with S samples.
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.figures import draw_sample_error
 from benchmarks.measure import environment
+from benchmarks.options import one_line_errors
 from bnn.methods import Method
-from pipeline.run import CONFIGS
-from train_script import USER_ERRORS
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder
 from utils.data.model_limits import position_limit
@@ -35,7 +33,7 @@ from utils.data.task import load_task
 from utils.llm import fit_tokenizer, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.run import write_json_atomic
 from utils.seeding import make_generator
-from utils.settings import one_line, plain
+from utils.settings import plain
 
 
 def settings(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -176,10 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--partitions", type=int, default=200, help="random partitions of the draws into groups")
     parser.add_argument("--out", default="outputs/sample_error", help="where to write, without suffix")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE: changes of the run's settings")
-    try:
-        record = run(parser.parse_intermixed_args(argv))
-    except USER_ERRORS as error:
-        sys.exit(one_line(error, CONFIGS))
+    arguments = parser.parse_intermixed_args(argv)
+    with one_line_errors():
+        record = run(arguments)
     out = Path(record["command"]["out"])
     write_json_atomic(out.with_name(f"{out.name}.json"), record)
     draw_sample_error(record, out.with_name(f"{out.name}.png"))

@@ -25,10 +25,14 @@ from torch import nn
 
 from benchmarks.figures import draw_sampler_cost
 from benchmarks.measure import environment, measure
+from benchmarks.options import check_least, one_line_errors
 from benchmarks.sampler_step import Draw, step_share, training
 from bnn import LiveSample, Sampler, SGPLoraConfig
+from utils.llm import resolve_device
 from utils.run import write_json_atomic
 
+LEAST = {"hidden": 1, "shrink": 1, "warmup": 0, "repeats": 1}
+"""The smallest value of an option."""
 RANK_WARNING = "an inducing matrix of .* cannot represent"
 
 
@@ -97,7 +101,7 @@ def cost(call: Callable[[], None], device: torch.device, warmup: int, repeats: i
 
 def costs(point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
     """All variants at one point."""
-    device = torch.device(arguments.device)
+    device = resolve_device(arguments.device)
     model = adapted(point, arguments.hidden, device)
     generator = torch.Generator(device).manual_seed(0)
     row: dict[str, Any] = point._asdict()
@@ -137,8 +141,14 @@ def sweeps(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything; returns the record that is written as JSON."""
-    device = torch.device(arguments.device)
+    """Measure everything; returns the record that is written as JSON.
+
+    Raises:
+        ValueError: for a number that is too small.
+        RuntimeError: for a device that is not there.
+    """
+    check_least(arguments, LEAST)
+    device = resolve_device(arguments.device)
     step = step_share(arguments.step, device, arguments.warmup, arguments.repeats) if arguments.step else None
     if step:
         print(
@@ -158,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", default="outputs/sampler_cost", help="where to write, without suffix")
-    record = run(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    with one_line_errors():
+        record = run(arguments)
     out = Path(record["command"]["out"])
     write_json_atomic(out.with_name(f"{out.name}.json"), record)
     draw_sampler_cost(record, out.with_name(f"{out.name}.png"))

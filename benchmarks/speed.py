@@ -12,7 +12,6 @@ to PEFT's LoRA with its default float32 adapters.
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -25,15 +24,15 @@ from torch import Tensor
 
 from benchmarks.figures import draw_speed
 from benchmarks.measure import environment, measure
+from benchmarks.options import check_least, one_line_errors
 from bnn.methods.base import Method, trainable
 from bnn.objective import Loss, negative_elbo
 from pipeline.graphs import StepGraphs
 from pipeline.run import CONFIGS
-from train_script import USER_ERRORS
 from utils.data.batch import Batch
 from utils.llm import load_model, resolve_device
 from utils.run import write_json_atomic
-from utils.settings import compose, one_line, plain
+from utils.settings import compose, plain
 
 BASELINE = "LoRA (float32)"
 LEAST = {"samples": 1, "warmup": 0, "repeats": 1, "shrink": 1}
@@ -168,9 +167,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: before the model is loaded, for a number that is too small.
         RuntimeError: for a device that is not there.
     """
-    for option, least in LEAST.items():
-        if (value := getattr(arguments, option)) < least:
-            raise ValueError(f"--{option} {value}: expected {least} or more")
+    check_least(arguments, LEAST)
     settings = [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused"]
     cfg = compose(CONFIGS, settings)
     device = resolve_device(arguments.device)
@@ -219,10 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="per workload; slow ones are repeated less often")
     parser.add_argument("--shrink", type=int, default=1, help="divide the sequence lengths 128 and 256 by this")
     parser.add_argument("--out", default="outputs/speed", help="where to write, without suffix")
-    try:
-        record = run(parser.parse_args(argv))
-    except USER_ERRORS as error:
-        sys.exit(one_line(error, CONFIGS))
+    arguments = parser.parse_args(argv)
+    with one_line_errors():
+        record = run(arguments)
     out = Path(record["command"]["out"])
     draw_speed(record, BASELINE, out.with_name(f"{out.name}.png"))
 

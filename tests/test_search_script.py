@@ -16,6 +16,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from tiny_runs import exit_message
 
 import search_script as ss
 from bnn.metrics import evaluate_predictions
@@ -59,15 +60,9 @@ def trials(folder: Path):
 
 
 def failure(arguments: list[str]) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["search_script.py", *arguments])
-        patch.setenv("HYDRA_FULL_ERROR", "0")
-        patch.setenv("HYDRA_MAIN_MODULE", "__main__")
-        patch.setattr(ss, "DEBUG", False)
-        with pytest.raises(SystemExit) as stop:
-            ss.launch(ss.main)
-    assert re.fullmatch("error: .*", stop.value.code), "one line"
-    return stop.value.code
+    message = exit_message(ss, arguments)
+    assert re.fullmatch("error: .*", message), "one line"
+    return message
 
 
 def test_a_dead_worker_of_the_final_runs_is_one_line(tmp_path, monkeypatch):

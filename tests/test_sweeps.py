@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tiny_runs import exit_message
 
 import train_script as ts
 from benchmarks.comparison import Comparison
@@ -69,6 +70,15 @@ def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
     assert said == [(comparison, ["sst2_500", "small"], 3, float("inf"), ["acc"])]
 
 
+def test_ctrl_c_in_a_sweep_is_one_line(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", interrupted)
+    message = exit_message(ts, ["experiment=benchmark_small", f"hydra.sweep.dir={tmp_path / 'out'}"])
+    assert message == "interrupted: runs that have ended are kept"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -81,14 +91,8 @@ def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
         ("rules=[]", "hydra.sweeper.rules=[]: expected a list such as [nll,acc]"),
     ],
 )
-def test_a_value_of_another_kind_is_one_line_before_any_run(tmp_path, monkeypatch, change, message):
+def test_a_value_of_another_kind_is_one_line_before_any_run(tmp_path, change, message):
     out = tmp_path / "out"
     own = ["experiment=benchmark_small", "llm=tiny", f"hydra.sweep.dir={out}", f"hydra.sweeper.{change}"]
-    monkeypatch.setattr(sys, "argv", ["train_script.py", *own])
-    monkeypatch.setattr(ts, "DEBUG", False)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")
-    with pytest.raises(SystemExit) as stop:
-        ts.launch(ts.main)
-    assert str(stop.value.code).startswith(f"error: {message}")
+    assert exit_message(ts, own).startswith(f"error: {message}")
     assert not (out / "tuning.json").exists()

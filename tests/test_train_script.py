@@ -23,6 +23,7 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 from sklearn.metrics import roc_auc_score
+from tiny_runs import exit_message
 from torch import Tensor
 
 import pipeline.run
@@ -95,17 +96,8 @@ def predictions(folder: Path) -> np.ndarray:
     return np.load(folder / "predictions_test_mc3.npz")["logits"]
 
 
-def failure(arguments: list[str]) -> str:
-    """The message ``launch`` exits with, run in this process as if train_script.py were the main module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_script.py", *arguments])
-        patch.setenv("HYDRA_FULL_ERROR", "0")
-        patch.setattr(ts, "DEBUG", False)
-        patch.setenv("HYDRA_MAIN_MODULE", "__main__")
-        with pytest.raises(SystemExit) as stop:
-            ts.launch(ts.main)
-    assert isinstance(stop.value.code, str), "a text makes Python exit with code 1"
-    return stop.value.code
+def failure(arguments: Sequence[str]) -> str:
+    return exit_message(ts, arguments)
 
 
 HELD = """

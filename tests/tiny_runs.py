@@ -1,10 +1,14 @@
 """The command line of a run that takes seconds: a random two-layer model on a dozen questions."""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 FAST = (
     *("llm=tiny", "dset=jsonl", "dset.scoring=choice_sum", "device=cpu"),
@@ -24,6 +28,19 @@ def finish(folder: Path, mc: int | str = "mean") -> None:
     record = {"kind": "final", "split": "test", "mc": mc, "step": 5, "acc": 0.9, "nll": 0.3, "ece": 0.1}
     (folder / "metrics.jsonl").write_text(json.dumps(record | {"brier": 0.2}) + "\n")
     (folder / "reliability.json").write_text("{}")
+
+
+def exit_message(script: ModuleType, arguments: Sequence[str]) -> str:
+    """What a script's ``launch`` exits with, run in this process as if the script were the main module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *arguments])
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setenv("HYDRA_MAIN_MODULE", "__main__")
+        patch.setattr(script, "DEBUG", False)
+        with pytest.raises(SystemExit) as stop:
+            script.launch(script.main)
+    assert isinstance(stop.value.code, str), "a text makes Python exit with code 1"
+    return stop.value.code
 
 
 class Serial(Executor):

@@ -84,6 +84,22 @@ def test_speed_refuses_in_one_line_before_a_model_is_loaded(tmp_path, monkeypatc
     assert re.fullmatch(f"error: .*{re.escape(message)}.*", str(stop.value.code))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--repeats", "0"], "--repeats 0: expected 1 or more"),
+        (["--shrink", "0"], "--shrink 0: expected 1 or more"),
+        (["--device", "nosuch"], "unknown device 'nosuch'"),
+        (["--step", "nosuch"], "llm=nosuch: no such file in configs/llm"),
+    ],
+)
+def test_sampler_cost_refuses_in_one_line(tmp_path, change, message):
+    with pytest.raises(SystemExit) as stop:
+        sampler_cost.main(["--device", "cpu", "--out", str(tmp_path / "cost"), *change])
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*", str(stop.value.code))
+    assert not list(tmp_path.iterdir())
+
+
 def test_speed_makes_the_named_gpu_the_current_one(monkeypatch):
     """CUDA graphs are recorded on the current GPU, whatever the tensors are on."""
 

@@ -85,7 +85,8 @@ def values_of(params: Mapping[str, Any], space: Space) -> dict[str, Any]:
 
 def overrides_of(values: Mapping[str, Any], configs: Path) -> list[str]:
     """Command-line overrides; a key that is a folder of ``configs`` chooses a file of that group."""
-    return [f"{key}={value if (configs / key).is_dir() else json.dumps(value)}" for key, value in values.items()]
+    text = {k: v if (configs / k).is_dir() else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+    return [f"{key}={value}" for key, value in text.items()]
 
 
 def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

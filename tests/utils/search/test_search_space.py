@@ -63,10 +63,10 @@ def test_overrides_compose_to_the_values_exactly():
 
 
 def test_overrides_keep_types_and_awkward_text():
-    values = {"a": None, "b": True, "c": 'say "x", {y}=1', "d": 1e-7, "opt": "adamw"}
+    values = {"a": None, "b": True, "c": 'say "ü", {y}=1', "d": 1e-7, "opt": "adamw"}
     assert overrides_of(values, CONFIGS)[-1] == "opt=adamw"
     cfg = compose(CONFIGS, [f"+{o}" for o in overrides_of(values, CONFIGS)[:-1]])
-    assert [cfg[key] for key in "abcd"] == [None, True, 'say "x", {y}=1', 1e-7]
+    assert [cfg[key] for key in "abcd"] == [None, True, 'say "ü", {y}=1', 1e-7]
 
 
 def test_first_values_are_the_low_ends():
