@@ -1,6 +1,7 @@
 """The command line of a run that takes seconds: a random two-layer model on a dozen questions."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -32,6 +33,7 @@ def finish(folder: Path, mc: int | str = "mean") -> None:
 
 def exit_message(script: ModuleType, arguments: Sequence[str]) -> str:
     """What a script's ``launch`` exits with, run in this process as if the script were the main module."""
+    level = logging.getLogger().level
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__, *arguments])
         patch.setenv("HYDRA_FULL_ERROR", "0")
@@ -39,6 +41,7 @@ def exit_message(script: ModuleType, arguments: Sequence[str]) -> str:
         patch.setattr(script, "DEBUG", False)
         with pytest.raises(SystemExit) as stop:
             script.launch(script.main)
+    logging.getLogger().setLevel(level)  # Hydra has set another
     assert isinstance(stop.value.code, str), "a text makes Python exit with code 1"
     return stop.value.code
 
