@@ -22,10 +22,7 @@ MODEL = (
     *("llm.config_overrides", "llm.tokenizer", "llm.pypi.file"),
 )
 """Groups and keys of the configuration whose differing keys make another model."""
-DATA = (
-    *("dset.schema", "dset.path", "dset.config", "dset.splits"),
-    *("dset.train_file", "dset.validation_file", "dset.test_file"),
-)
+DATA = ("dset.schema", "dset.path", "dset.config", "dset.splits", "dset.test_file")
 """Those that make another task."""
 BASE = (
     *("quantization", "dtype", "dset.scoring", "dset.prompt_label", "dset.prompt_choice", "dset.labels"),
@@ -33,7 +30,7 @@ BASE = (
 )
 """Those that make a variant, and change the base model's predictions too."""
 VARIED = (
-    *(*BASE, "method.factory", "peft", "opt", "train"),
+    *(*BASE, "method.factory", "peft", "opt", "train", "dset.train_file", "dset.validation_file"),
     *("dset.validation_fraction", "dset.validation_subset", "eval.keep"),
 )
 """Those that make a variant."""
@@ -167,7 +164,11 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key in value:
             yield from _leaves(f"{name}.{key}", value[key])
     elif leaf not in NOT_VARIED:
-        yield name, ("set" if value else "none") if leaf in PATHS else " ".join(str(value).split())
+        if leaf in PATHS:
+            value = "set" if value else "none"
+        elif value and leaf.endswith("_file"):
+            value = Path(*Path(value).parts[-2:])  # data may be elsewhere on another machine
+        yield name, " ".join(str(value).split())
 
 
 def _differing(runs: Sequence[Run], groups: Sequence[str]) -> set[str]:

@@ -214,7 +214,7 @@ def test_variants_differ_in_what_changes_a_result_within_a_task(tmp_path):
         ("llm.name_or_path", "/a/tiny", "/b/tiny", "tiny [name_or_path={}]", "arc"),
         ("llm.architecture", {"hidden_size": 16}, {"hidden_size": 32}, "tiny [hidden_size={}]", "arc"),
         ("dset.config", "anatomy", "astronomy", "tiny", "arc [config={}]"),
-        ("dset.test_file", "/a/test.jsonl", "/b/test.jsonl", "tiny", "arc [test_file={}]"),
+        ("dset.test_file", "a/test.jsonl", "b/test.jsonl", "tiny", "arc [test_file={}]"),
     ],
 )
 def test_other_models_and_data_are_told_apart_whatever_the_seed(tmp_path, key, first, second, model, task):
@@ -229,6 +229,16 @@ def test_other_models_and_data_are_told_apart_whatever_the_seed(tmp_path, key, f
     names = [next(iter(v.values())) if isinstance(v, dict) else v for v in (first, second)]
     assert found == {(model.format(v), task.format(v)): seeds for v, seeds in zip(names, ({0, 1}, {2, 3}), strict=True)}
     assert len(list((tmp_path / "out").glob("reliability_*.png"))) == 2
+
+
+def test_data_that_was_moved_and_runs_without_training_data_are_of_one_task(tmp_path):
+    for seed, place in enumerate(("/home/a", "/srv/b")):
+        files = {f"dset.{split}_file": f"{place}/own/{split}.jsonl" for split in ("train", "test")}
+        changed_config(write_run(tmp_path / str(seed), seed=seed), files)
+    changed_config(write_run(tmp_path / "sgp", "sgp"), {"dset.train_file": None, "dset.test_file": "/x/own/test.jsonl"})
+    rows = collect([tmp_path])[0]
+    assert {row.task for row in rows} == {"arc"}
+    assert {(row.label, row.seed) for row in rows if row.method == "mle"} == {("mle", 0), ("mle", 1)}
 
 
 def test_names_of_data_files_fit_into_names_of_figures(tmp_path):
