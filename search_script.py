@@ -10,7 +10,6 @@ top to bottom: main -> search -> trial -> report -> finals.
 import gc
 import logging
 import math
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from pipeline.processes import DEAD_WORKER, processes
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, execute, launch
+from utils.distributed import started_several
 from utils.search.analysis import hypervolume_curves, importances
 from utils.search.experiment import write_experiment
 from utils.search.figures import plot_search
@@ -61,7 +61,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     settings, folder, base = cfg.search, Path(cfg.paths.output_dir), training_overrides(arguments)
     check(cfg)
     check_search(plain(cfg))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started_several():
         raise ValueError("search_script.py runs without torchrun: start the same command several times instead")
     space = read_space(plain(settings.space))
     first = settings_of(base, first_values(space))  # what no trial could run is found before anything is written

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from pipeline.run import CONFIGS
 from train_script import USER_ERRORS
+from utils.distributed import started_several
 from utils.search.study import try_lock
 from utils.settings import one_line
 
@@ -68,7 +68,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: in one of several processes of torchrun.
         RuntimeError: if another command makes runs there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started_several():
         raise ValueError("many runs are made without torchrun: start this command alone, with as many jobs as wanted")
     folder.mkdir(parents=True, exist_ok=True)
     lock = try_lock(folder / ".lock")

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from torch import nn
@@ -14,10 +13,10 @@ from torch.nn import functional as F
 from benchmarks.measure import measure
 from bnn import LiveSample, active_factors
 from bnn.methods.base import Method
+from pipeline.run import CONFIGS
 from utils.llm import load_model
-from utils.settings import plain
+from utils.settings import compose, plain
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BATCH, TOKENS = 8, 40
 Draw = Callable[[], AbstractContextManager[LiveSample]]
 
@@ -44,8 +43,7 @@ def step_share(llm_name: str, device: torch.device, warmup: int, repeats: int) -
     A step is forward, objective at the last position of ``BATCH`` rows of ``TOKENS`` tokens, backward and AdamW; the
     weights are random.
     """
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = hydra.compose("train", [f"llm={llm_name}", "llm.random_init=true", "paths.output_dir=unused"])
+    cfg = compose(CONFIGS, [f"llm={llm_name}", "llm.random_init=true", "paths.output_dir=unused"])
     llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
     llm["cache_dir"] = Path("unused")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

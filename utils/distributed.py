@@ -21,6 +21,11 @@ from utils.llm.layers import decoder_layers
 T = TypeVar("T")
 
 
+def started_several() -> bool:
+    """Whether this process is one of several that torchrun or ``accelerate launch`` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 class World:
     """The processes that share a run. ``rank`` 0 writes.
 
@@ -30,7 +35,7 @@ class World:
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = 0, 1, device
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if started_several():
             state = PartialState(cpu=device.type == "cpu")
             self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
         if self.device.type == "cuda":  # CUDA graphs are recorded on the current device
