@@ -1,7 +1,7 @@
 """The comparison of methods: a small declared search on validation data, then three seeds on test data.
 
     python -m benchmarks.comparison --out outputs/comparison --tasks small --jobs 32 paths.data_dir=/data
-    python -m utils.report $(cat outputs/comparison/by_nll.txt) --out benchmarks/results/comparison/by_nll
+    python -m utils.report outputs/comparison/by_nll.txt --out benchmarks/results/comparison/by_nll
 
 For every task and every method that trains, each learning rate in ``RATES`` is trained once; further ones follow while
 the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's own setting (``OWN``) at
@@ -26,9 +26,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from benchmarks import tuning
 from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
+from benchmarks.tuning import Metrics
 from benchmarks.workers import Chain, Job, by_key, carry_out, has_ended, is_finished, startable, tuned
-from utils.run import write_json_atomic, write_text_atomic
+from utils.run import write_text_atomic
 from utils.settings import quoted
 
 TUNING_SEEDS = (100, 101, 102)
@@ -106,8 +108,8 @@ POST_HOC_OWN = dict.fromkeys(
 EPOCHS = "train.epochs"
 VARIED = ("seed", "method", "opt.lr", "dset", "paths.output_dir", "train.init_adapter")
 """Keys that differ from run to run, so no override of all runs may set them."""
-UNFINISHED = "unfinished"
-"""Beside the tasks in ``tuning.json``: task -> method of the searches that have not ended, in the shape of no runs."""
+UNTESTED = "neither it nor what has its setting is tested"
+"""What a method without a setting comes to."""
 COMMON = (
     *("train.batch_size=16", "train.graph_padding=32", "train.checkpoint_every=1000000", "eval.every=none"),
     *("eval.n_mc=10", "eval.zero_shot=false", "eval.save_validation=true", "eval.figures=false"),
@@ -115,7 +117,6 @@ COMMON = (
 
 
 Key = TypeVar("Key")
-Metrics = dict[str, float]
 
 
 class Setting(NamedTuple):
@@ -239,8 +240,7 @@ class Comparison(NamedTuple):
             yield 0, jobs
         best = chosen(self.found(task, method, tried, TUNING_SEEDS))
         if not best:
-            untested = "neither it nor what has its setting is tested"
-            print(f"{task}: every setting of {method} diverged with some seed: {untested}", flush=True)
+            print(f"{task}: every setting of {method} diverged with some seed: {UNTESTED}", flush=True)
         for priority, setting in enumerate(best[rule] for rule in rules if best):
             first, after = self.test_stages(task, method, setting)
             yield priority, first
@@ -292,16 +292,16 @@ class Comparison(NamedTuple):
     def write_lists(self, tasks: Sequence[str]) -> None:
         """``tuning.json``, and by rule the finished runs on test."""
         tried: dict[str, dict[str, list[Setting]]] = {task: {} for task in tasks}
-        unfinished: dict[str, dict[str, dict]] = {}
+        unfinished: dict[str, set[str]] = {}
         for task, method in itertools.product(tasks, RATES):
             tried[task][method], ended = self.searched(task, method)
             if not ended:
-                unfinished.setdefault(task, {})[method] = {}
+                unfinished.setdefault(task, set()).add(method)
         table = {
             task: {method: {str(s): self.by_seed(task, method, s) for s in settings} for method, settings in of.items()}
             for task, of in tried.items()
         }
-        write_json_atomic(self.out / "tuning.json", {**table, UNFINISHED: unfinished})
+        tuning.write(self.out / "tuning.json", tuning.Tuning(table, unfinished))
         for rule in RULES:
             jobs = [self.zero_shot_job(task) for task in tasks]
             for task, of in tried.items():

@@ -1,7 +1,7 @@
 """How methods bear being trained for longer than they were tuned for.
 
     python -m benchmarks.longer benchmarks/results/comparison/tuning.json --times 4 --jobs 32 paths.data_dir=/data
-    python -m utils.report $(cat outputs/longer/by_acc.txt) --out outputs/longer/by_acc
+    python -m utils.report outputs/longer/by_acc.txt --out outputs/longer/by_acc
 
 A comparison stops training where its tasks say (``TASKS``), and its search finds for every method the settings that do
 well up to there. Here each method keeps the settings that the search chose, by either rule or the one that ``--rules``
@@ -10,7 +10,6 @@ skipped, ``by_<rule>.txt`` lists the runs. ``--methods`` names those of interest
 ``--times 1`` makes a comparison's runs on test again from its search alone, but for the base model's.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -22,39 +21,34 @@ from benchmarks.comparison import (
     RULES,
     TASKS,
     TUNING_SEEDS,
-    UNFINISHED,
+    UNTESTED,
     Comparison,
     Setting,
     chosen,
     means,
 )
 from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
+from benchmarks.tuning import read
 from benchmarks.workers import Chain, by_key, carry_out, startable
 
 METHODS = [name for method in RATES for name in (method, *AS.get(method, ()), *POST_HOC.get(method, ()))]
 
 
 def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
-    """By method and rule the setting that a comparison's ``tuning.json`` has for a task.
+    """By method and rule the setting that a comparison's ``tuning.json`` has; none of a method that always diverged.
 
     Raises:
         ValueError: if it is no such file, does not hold the task's search to its end, or one with values that `OWN` no
             longer has.
     """
-    try:
-        table = json.loads(path.read_text())
-    except ValueError:
-        table = None
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} is no tuning.json of benchmarks.comparison: name one")
-    of, unfinished = table.get(task, {}), table.get(UNFINISHED, {}).get(task, {})
+    tuning = read(path)
+    of, unfinished = tuning.of.get(task, {}), tuning.unfinished.get(task, ())
     found = {}
     for method in RATES:
-        runs = {setting: {int(seed): run for seed, run in own.items()} for setting, own in of.get(method, {}).items()}
-        whole = means(runs, TUNING_SEEDS)
-        found[method] = chosen({_parsed(method, setting): metrics for setting, metrics in whole.items()})
-        if method in unfinished or not found[method]:
+        if method in unfinished or not of.get(method):
             raise ValueError(f"{path} has no finished search of {method} on {task}: run benchmarks.comparison first")
+        whole = means(of[method], TUNING_SEEDS)
+        found[method] = chosen({_parsed(method, setting): metrics for setting, metrics in whole.items()})
     return found
 
 
@@ -86,8 +80,8 @@ def run(
         methods: names in ``METHODS``; others are trained only where one of these starts from them.
 
     Raises:
-        ValueError: before any run: for an override of what is compared, if a search is missing, or the folder holds
-            runs with other settings.
+        ValueError: before any run: for an override of what is compared, a file that is no ``tuning.json`` or lacks a
+            search, or a folder that holds runs with other settings.
         RuntimeError: before any run if another command makes runs in the folder; if no run has finished.
     """
     comparison.check()
@@ -97,6 +91,9 @@ def run(
         for task in dict.fromkeys((*tasks, *begun))
         for method, found in chosen_in(tuning, task).items()
     }
+    for task, method in (key for key, found in of.items() if not found and key[0] in tasks):
+        print(f"{task}: every setting of {method} diverged in the search: {UNTESTED}", flush=True)
+    of = {key: found for key, found in of.items() if found}
 
     def chain(task: str, method: str, setting: Setting) -> Chain:
         first, after = comparison.test_stages(task, method, setting)

@@ -35,6 +35,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     words = list(sys.argv[1:] if argv is None else argv)
     overrides = [word for word in words if OVERRIDE.match(word)]
     arguments = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: expected 1 or more")
     if arguments.overrides:
         parser.error(f"{arguments.overrides[0]} is neither an option nor KEY=VALUE")
     arguments.overrides = overrides
@@ -65,11 +67,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Keep other commands from making runs in a folder.
 
     Raises:
-        ValueError: in one of several processes of torchrun.
+        ValueError: in one of several processes of torchrun, or for a folder whose name a configuration reads otherwise.
         RuntimeError: if another command makes runs there.
     """
     if started_several():
         raise ValueError("many runs are made without torchrun: start this command alone, with as many jobs as wanted")
+    if "${" in str(folder):
+        raise ValueError(f"{folder}: ${{ begins a reference in a configuration: choose a folder without it")
     folder.mkdir(parents=True, exist_ok=True)
     lock = try_lock(folder / ".lock")
     if lock is None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.figures import draw_sample_error
 from benchmarks.measure import environment
-from benchmarks.options import one_line_errors
+from benchmarks.options import check_least, one_line_errors
 from bnn.methods import Method
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder
@@ -33,7 +33,10 @@ from utils.data.task import load_task
 from utils.llm import fit_tokenizer, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.run import write_json_atomic
 from utils.seeding import make_generator
-from utils.settings import plain
+from utils.settings import model_settings, plain, tokenizer_settings
+
+LEAST = {"groups": 2, "largest": 2, "partitions": 1}
+"""The smallest value of an option."""
 
 
 def settings(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -60,14 +63,10 @@ def settings(folder: Path, overrides: Sequence[str]) -> DictConfig:
 def load(cfg: DictConfig, folder: Path, split: str) -> tuple[nn.Module, list[Batch]]:
     """The trained model, and the batches of a split, both on the device."""
     device = resolve_device(cfg.device)
-    llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
-    llm["cache_dir"] = Path(cfg.paths.cache_dir)
-    source = {key: llm[key] for key in ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")}
-    tokenizer = load_tokenizer(tokenizer=cfg.llm.tokenizer, **source)
+    tokenizer = load_tokenizer(**tokenizer_settings(cfg))
     encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
-    model: Any = load_model(
-        dtype=resolve_dtype(cfg.dtype, device), device=device, quantization=plain(cfg.quantization), **llm
-    )
+    dtype = resolve_dtype(cfg.dtype, device)
+    model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **model_settings(cfg))
     fit_tokenizer(model, tokenizer)
     data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
     examples = encoder.check(getattr(data, split), position_limit(model))
@@ -140,8 +139,7 @@ def error_of_nll(units: Tensor, S: int, partitions: int, generator: torch.Genera
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Predict and evaluate; returns the record that is written as JSON."""
-    if arguments.groups < 2 or arguments.largest < 2:
-        raise ValueError(f"--groups {arguments.groups} --largest {arguments.largest}: expected at least 2 of both")
+    check_least(arguments, LEAST)
     folder = Path(arguments.run)
     cfg = settings(folder, arguments.overrides)
     model, batches = load(cfg, folder, arguments.split)

@@ -99,9 +99,8 @@ def cost(call: Callable[[], None], device: torch.device, warmup: int, repeats: i
     return found._replace(peak_bytes=max(first, found.peak_bytes or 0) - standing)._asdict()
 
 
-def costs(point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
+def costs(point: Point, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All variants at one point."""
-    device = resolve_device(arguments.device)
     model = adapted(point, arguments.hidden, device)
     generator = torch.Generator(device).manual_seed(0)
     row: dict[str, Any] = point._asdict()
@@ -125,7 +124,7 @@ def costs(point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def sweeps(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def sweeps(arguments: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
     """Rows of every axis; a point on several axes is measured once."""
 
     def shrunk(value: int) -> int:
@@ -136,7 +135,8 @@ def sweeps(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         axis: [default._replace(**{axis: value}) for value in sorted({shrunk(v) for v in values})]
         for axis, values in AXES.items()
     }
-    found = {point: costs(point, arguments) for point in dict.fromkeys(p for axis in points.values() for p in axis)}
+    each = dict.fromkeys(point for axis in points.values() for point in axis)
+    found = {point: costs(point, arguments, device) for point in each}
     return {axis: [found[point] for point in chosen] for axis, chosen in points.items()}
 
 
@@ -155,7 +155,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{step['sampler_ms']:.2f} ms of a step of {step['step_ms']:.2f} ms: {100 * step['share']:.1f} %",
             flush=True,
         )
-    return {"command": vars(arguments), "environment": environment(device), "results": sweeps(arguments), "step": step}
+    results = sweeps(arguments, device)
+    return {"command": vars(arguments), "environment": environment(device), "results": results, "step": step}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from bnn import LiveSample, active_factors
 from bnn.methods.base import Method
 from pipeline.run import CONFIGS
 from utils.llm import load_model
-from utils.settings import compose, plain
+from utils.settings import compose, model_settings, plain
 
 BATCH, TOKENS = 8, 40
 Draw = Callable[[], AbstractContextManager[LiveSample]]
@@ -43,11 +42,10 @@ def step_share(llm_name: str, device: torch.device, warmup: int, repeats: int) -
     A step is forward, objective at the last position of ``BATCH`` rows of ``TOKENS`` tokens, backward and AdamW; the
     weights are random.
     """
-    cfg = compose(CONFIGS, [f"llm={llm_name}", "llm.random_init=true", "paths.output_dir=unused"])
-    llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
-    llm["cache_dir"] = Path("unused")
+    unused = ("paths.output_dir=unused", "paths.cache_dir=unused")
+    cfg = compose(CONFIGS, [f"llm={llm_name}", "llm.random_init=true", *unused])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base: Any = load_model(dtype=dtype, device=device, quantization=None, **llm)
+    base: Any = load_model(dtype=dtype, device=device, quantization=None, **model_settings(cfg))
     method: Method = instantiate(cfg.method.factory, _convert_="all")
     model: Any = method.adapt(base, plain(cfg.peft))
     groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)

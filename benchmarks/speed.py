@@ -32,7 +32,7 @@ from pipeline.run import CONFIGS
 from utils.data.batch import Batch
 from utils.llm import load_model, resolve_device
 from utils.run import write_json_atomic
-from utils.settings import compose, plain
+from utils.settings import compose, model_settings, plain
 
 BASELINE = "LoRA (float32)"
 LEAST = {"samples": 1, "warmup": 0, "repeats": 1, "shrink": 1}
@@ -168,15 +168,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         RuntimeError: for a device that is not there.
     """
     check_least(arguments, LEAST)
-    settings = [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused"]
+    settings = [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused", "paths.cache_dir=unused"]
     cfg = compose(CONFIGS, settings)
     device = resolve_device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    llm = {k: v for k, v in plain(cfg.llm).items() if k not in ("dtype", "target_modules", "tokenizer")}
-    llm["cache_dir"] = Path("unused")
-    model: Any = load_model(dtype=dtype, device=device, quantization=None, **llm)
+    model: Any = load_model(dtype=dtype, device=device, quantization=None, **model_settings(cfg))
     lora = plain(cfg.peft) | {"target_modules": arguments.targets or list(cfg.peft.target_modules)}
     results: dict[str, dict[str, Any]] = {}
     record = {"command": vars(arguments), "environment": environment(device), "results": results}

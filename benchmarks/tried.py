@@ -8,7 +8,6 @@ per setting). A setting counts once, with the mean over the seeds it was trained
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from typing import NamedTuple
 
 import matplotlib
 
+from benchmarks import tuning
+from benchmarks.tuning import NAMES, REMEDY, BySeed
 from utils.plots import STYLE, TITLES, line_look, save_figure
 from utils.report_figures import panel_grid
 from utils.run import write_text_atomic
@@ -42,32 +43,24 @@ LOWEST = 0.15
 
 
 def read(path: Path) -> Tried:
-    """What ``tuning.json`` holds: task -> method -> setting -> seed -> metrics. Tasks without a run are left out.
+    """What a ``tuning.json`` holds. Tasks without a run are left out.
 
     Raises:
         ValueError: if the file cannot be read, holds something else, or no run.
     """
-    names = ("acc", "nll", "ece")
 
-    def found(settings: dict[str, dict[str, dict[str, float]]]) -> Found:
+    def found(settings: dict[str, BySeed]) -> Found:
         whole = [list(runs.values()) for runs in settings.values() if runs]
-        metrics = [{name: statistics.mean(run[name] for run in runs) for name in names} for runs in whole]
+        metrics = [{name: statistics.mean(run[name] for run in runs) for name in NAMES} for runs in whole]
         return Found(metrics, len(settings) - len(whole))
 
-    remedy = "name the tuning.json of a comparison"
-    try:
-        table = {
-            task: {method: found(settings) for method, settings in of.items()}
-            for task, of in json.loads(path.read_text()).items()
-        }
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}: {remedy}") from error
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or of another kind: {remedy}") from error
-    filled = {task: {method: own for method, own in of.items() if own.metrics} for task, of in table.items()}
-    if not any(filled.values()):
-        raise ValueError(f"{path} has no finished run: {remedy} that has begun")
-    return {task: of for task, of in filled.items() if of}
+    table = {
+        task: {method: own for method, settings in of.items() if (own := found(settings)).metrics}
+        for task, of in tuning.read(path).of.items()
+    }
+    if not any(table.values()):
+        raise ValueError(f"{path} has no finished run: {REMEDY} that has begun")
+    return {task: of for task, of in table.items() if of}
 
 
 def markdown(tried: Tried) -> str:

@@ -26,7 +26,15 @@ from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, re
 from utils.llm.memory import MemoryPlan, Shape, plan_memory
 from utils.run import NoLogger, RunLogger, check_disk
 from utils.seeding import seed_all
-from utils.settings import check, check_types, fingerprint, out_of_distribution, plain
+from utils.settings import (
+    check,
+    check_types,
+    fingerprint,
+    model_settings,
+    out_of_distribution,
+    plain,
+    tokenizer_settings,
+)
 
 logger = logging.getLogger("train")
 
@@ -136,10 +144,7 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
         data.notes.append(f"ood {name}: {len(other.test)} test examples")
     for note in data.notes:
         logger.info("data: %s", note)
-    llm = {key: value for key, value in plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")}
-    llm["cache_dir"] = Path(cfg.paths.cache_dir)
-    source = {key: llm[key] for key in ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")}
-    tokenizer = load_tokenizer(tokenizer=cfg.llm.tokenizer, **source)
+    llm, tokenizer = model_settings(cfg), load_tokenizer(**tokenizer_settings(cfg))
     encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
     data = checked(data, encoder, None)
     dtype = resolve_dtype(cfg.dtype, world.device)

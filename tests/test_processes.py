@@ -59,6 +59,7 @@ def test_an_interrupt_ends_the_workers_with_one_line(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen([sys.executable, str(script)], env=environment, **pipes) as made:
         worker = int(made.stdout.readline())
+        assert os.getpgid(worker) != made.pid, "the worker gets none of the terminal's signals"
         os.killpg(made.pid, signal.SIGINT)
         _, said = made.communicate(timeout=60)
     assert made.returncode == 130

@@ -40,7 +40,7 @@ from utils.data.order import nth_batch
 from utils.distributed import World
 from utils.llm import load_model
 from utils.run import read_metrics
-from utils.settings import fingerprint, plain
+from utils.settings import fingerprint, model_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r"(?:-?\d+\.\d{4}|nan|inf)"
@@ -158,8 +158,7 @@ def test_a_run_writes_its_folder_and_documented_lines(tmp_path, overrides):
     assert "llm=tiny" in environment["command"]
 
     cfg = compose(overrides())
-    llm = {key: value for key, value in plain(cfg.llm).items() if key not in ("dtype", "target_modules", "tokenizer")}
-    base = load_model(cache_dir=tmp_path, dtype=torch.float32, device=torch.device("cpu"), **llm)
+    base = load_model(dtype=torch.float32, device=torch.device("cpu"), **model_settings(cfg))
     loaded = PeftModel.from_pretrained(base, folder / "adapter")
     run = prepare(compose(overrides(f"paths.output_dir={tmp_path / 'other'}")))
     run.model = loaded

@@ -3,7 +3,8 @@
 python -m utils.report RUNS... [--out DIR] [--split test]
 python -m utils.report --from-csv results.csv... [--out DIR] [--split test]
 
-RUNS are run folders, or folders that hold some. Writes results.csv (a row per evaluation), report.md, report.tex,
+RUNS are run folders, folders that hold some, or text files that name either, one a line, as the comparison's
+by_nll.txt. Writes results.csv (a row per evaluation), report.md, report.tex,
 report.csv and figures to DIR. Only runs that differ in nothing but the seed are averaged; the model, task or method of
 others is named with the settings that differ, as in "mle [lr=0.001]". Where runs have saved their validation
 predictions (eval.save_validation), tables say what temperature scaling makes of every method. With --from-csv the
@@ -83,13 +84,13 @@ def report_rows(rows: Sequence[Row], out: Path, split: str) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the report that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m utils.report", description="Tables and figures over many runs.")
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, folders that hold some, or lists of them")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where to write (report)")
     parser.add_argument("--split", default="test", help="split of the tables (test)")
     parser.add_argument("--from-csv", nargs="+", type=Path, metavar="FILE", help="results.csv in place of run folders")
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.from_csv):
-        parser.error("name run folders, or --from-csv and a results.csv: one of the two")
+        parser.error("name run folders or lists of them, or --from-csv and a results.csv: one of the two")
     notes: list[str] = []
     try:
         if options.from_csv:

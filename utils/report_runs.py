@@ -57,16 +57,18 @@ class Run:
 
 
 def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...], Path], list[str]]:
-    """Read every finished run at or below the given folders.
+    """Read every finished run at or below the given folders, and those that the given files name, one a line.
 
     Returns:
         The rows; for each row's (*row.run, split, mc) the file of its raw predictions, which need not exist; and a
         line for each folder that was left out.
 
     Raises:
-        FileNotFoundError: If there is no run at all, or none has finished.
+        FileNotFoundError: If there is no run at all, a folder that a file names is not there, or no run has finished.
+        ValueError: If a file is no list of folders.
     """
-    folders = sorted({path.parent for root in roots for path in Path(root).rglob(METRICS_FILE)})
+    below = [folder for root in roots for folder in _named(Path(root))]
+    folders = sorted({path.parent for folder in below for path in folder.rglob(METRICS_FILE)})
     where = ", ".join(map(str, roots))
     if not folders:
         raise FileNotFoundError(f"no runs found below {where}: no folder there holds a {METRICS_FILE}")
@@ -101,6 +103,18 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
                 continue
             rows[key], files[key] = row, file
     return list(rows.values()), files, notes
+
+
+def _named(root: Path) -> list[Path]:
+    """The folder itself, or those that a file names."""
+    if not root.is_file():
+        return [root]
+    if root.suffix != ".txt":
+        raise ValueError(f"{root} is no list of run folders (.txt): name folders, or --from-csv and a results.csv")
+    folders = [Path(line) for line in root.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise FileNotFoundError(f"{root} names {missing[0]}, which is no folder here: correct the list")
+    return folders
 
 
 def load_scores(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -23,7 +23,13 @@ CAPTION = (
 )
 TEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+    | {
+        "\\": r"\textbackslash{}",
+        "|": r"\textbar{}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "±": r"$\pm$",
+    }
 )
 """Signs that LaTeX reads otherwise."""
 SCALED = {

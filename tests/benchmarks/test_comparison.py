@@ -106,7 +106,9 @@ def test_what_the_user_says_comes_last(tmp_path):
 
 
 def test_what_starts_from_an_adapter_trains_no_further_whatever_the_user_says(tmp_path):
-    for job in Comparison(tmp_path, ["train.epochs=3", "eval.keep=best"]).jobs_after("mle", "sst2_100", Setting(1e-3)):
+    made = Comparison(tmp_path, ["train.epochs=3"])
+    made.check()
+    for job in made.jobs_after("mle", "sst2_100", Setting(1e-3, "early_stopping")):
         said = workers.by_key(job.overrides)
         started = "train.init_adapter" in said
         assert (said["train.epochs"], said["eval.keep"]) == (("0", "last") if started else ("3", "best"))

@@ -7,8 +7,9 @@ import pytest
 from tiny_runs import finish
 
 from benchmarks import longer, longer_report, workers
-from benchmarks.comparison import RATES, SEEDS, UNFINISHED, Comparison, Setting
+from benchmarks.comparison import RATES, SEEDS, Comparison, Setting
 from benchmarks.options import alone_in
+from benchmarks.tuning import UNFINISHED
 from utils.report_rows import Row, write_csv
 
 ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0.05, 0.2, None, None)
@@ -56,12 +57,24 @@ def test_a_search_that_has_not_ended_is_refused(tuning):
         longer.chosen_in(tuning, "sst2_500")
 
 
-@pytest.mark.parametrize("text", ["[]", "no table", ""])
-def test_a_file_that_is_no_search_is_one_line(tmp_path, text):
+def test_a_file_that_is_no_search_is_one_line(tmp_path):
     path = tmp_path / "other.json"
-    path.write_text(text)
-    with pytest.raises(SystemExit, match=r"^error: .*other.json is no tuning.json of benchmarks.comparison: name one$"):
+    path.write_text('{"tiny": [1]}')
+    with pytest.raises(SystemExit, match=r"^error: .*other.json is damaged or of another kind: name the tuning.json"):
         longer.main([str(path), "--times", "2", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("seeds", [(), ("100",)], ids=["at once", "with another seed"])
+def test_a_method_that_always_diverged_keeps_no_other_from_the_test(tmp_path, tuning, asked, capsys, seeds):
+    table = json.loads(tuning.read_text())
+    runs = table["sst2_500"]["blob"]["0.001"]
+    table["sst2_500"]["blob"] = {"0.001": {seed: runs[seed] for seed in seeds}}
+    tuning.write_text(json.dumps(table))
+    with pytest.raises(SystemExit, match="no run has finished"):
+        longer.main([str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
+    assert "sst2_500: every setting of blob diverged" in capsys.readouterr().out
+    assert {folder.parts[-3] for folder in asked} >= set(RATES) - {"blob"}
+    assert not any("/blob/" in str(folder) for folder in asked)
 
 
 def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monkeypatch):

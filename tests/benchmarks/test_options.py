@@ -26,6 +26,18 @@ def test_a_word_that_is_no_override_is_named(capsys):
     assert "train is neither an option nor KEY=VALUE" in capsys.readouterr().err
 
 
+def test_no_run_at_a_time_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(parser_of(None, Path("out")), ["--jobs", "0"])
+    assert "--jobs 0: expected 1 or more" in capsys.readouterr().err
+
+
+def test_a_folder_that_a_configuration_reads_otherwise_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="begins a reference"), alone_in(tmp_path / "a${b}"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_one_commands_at_a_time(tmp_path):
     with alone_in(tmp_path / "out"):
         with (

@@ -19,7 +19,7 @@ from bnn.metrics import nll
 from tests.conftest import perturb
 from utils.data.batch import choice_scores
 from utils.llm import load_model
-from utils.settings import plain
+from utils.settings import model_settings, plain
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENT = {"median_ms", "iqr_ms", "repeats", "peak_bytes"}
@@ -28,9 +28,6 @@ TINY = (
     *("dset.train_subset=8", "dset.validation_subset=6", "dset.test_subset=6", "peft.target_modules=[q_proj,v_proj]"),
     *("inducing.q_sd=1.0", "inducing.prior_sd=30"),  # draws that differ by much
 )
-
-NOT_LOADED = ("dtype", "target_modules", "tokenizer")
-"""Keys of ``llm`` that ``load_model`` does not take."""
 
 
 def record_of(out: Path) -> dict[str, Any]:
@@ -117,8 +114,8 @@ def test_speed_makes_the_named_gpu_the_current_one(monkeypatch):
 def test_a_timed_training_step_trains(tmp_path):
     """With the gradient alone a step would be shorter than those that are made in training."""
     method = speed.PlainLora(True)
-    llm = {k: v for k, v in plain(speed.compose(speed.CONFIGS, ["llm=tiny"]).llm).items() if k not in NOT_LOADED}
-    base = load_model(dtype=torch.float32, device=torch.device("cpu"), cache_dir=tmp_path, **llm)
+    cfg = speed.compose(speed.CONFIGS, ["llm=tiny", f"paths.cache_dir={tmp_path}", "paths.output_dir=unused"])
+    base = load_model(dtype=torch.float32, device=torch.device("cpu"), **model_settings(cfg))
     model = method.adapt(base, {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"})
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -177,10 +174,8 @@ def test_the_timed_call_is_the_backward_pass_of_weights_and_kl(S):
 def make_run(folder: Path, *extra: str) -> DictConfig:
     """A run's folder as far as it is read: the settings, and an adapter that was not trained."""
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = hydra.compose("train", [*TINY, f"paths.output_dir={folder}", *extra])
-    llm = {k: v for k, v in plain(cfg.llm).items() if k not in NOT_LOADED}
-    llm["cache_dir"] = folder
-    base = load_model(dtype=torch.float32, device=torch.device("cpu"), **llm)
+        cfg = hydra.compose("train", [*TINY, f"paths.output_dir={folder}", f"paths.cache_dir={folder}", *extra])
+    base = load_model(dtype=torch.float32, device=torch.device("cpu"), **model_settings(cfg))
     method = instantiate(cfg.method.factory, _convert_="all")
     torch.manual_seed(0)
     model = method.adapt(base, plain(cfg.peft))
@@ -265,8 +260,10 @@ def test_sample_error_refuses_what_it_cannot_use(tmp_path):
     make_run(tmp_path / "mle", "method=mle")
     with pytest.raises(ValueError, match="method=mle: only sgp has antithetic draws"):
         sample_error.settings(tmp_path / "mle", [])
-    with pytest.raises(ValueError, match="at least 2"):
-        sample_error.run(Namespace(groups=1, largest=8))
+    for option, least in sample_error.LEAST.items():
+        few = Namespace(**{**sample_error.LEAST, option: least - 1})
+        with pytest.raises(ValueError, match=f"--{option} {least - 1}: expected {least} or more"):
+            sample_error.run(few)
     with pytest.raises(SystemExit) as stop:
         sample_error.main([str(tmp_path / "none")])
     assert stop.value.code == f"error: {tmp_path / 'none'} has no config.yaml: name the folder of a finished run"

@@ -116,9 +116,9 @@ def test_a_run_on_test_is_finished_once_its_folder_holds_the_evaluation(tmp_path
     job = Job(tmp_path / "a", (), True)
     finish(job.folder)
     assert is_finished(job)
-    record = {"kind": "train", "split": "train", "step": 1}
-    (job.folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    assert not is_finished(job)
+    for kind, split in (("train", "train"), ("final", "validation"), ("eval", "test")):
+        (job.folder / "metrics.jsonl").write_text(json.dumps({"kind": kind, "split": split, "step": 1}) + "\n")
+        assert not is_finished(job)
     (job.folder / "metrics.jsonl").unlink()
     assert not is_finished(job)
 

@@ -212,6 +212,10 @@ def test_variants_differ_in_what_changes_a_result_within_a_task(tmp_path):
     ("key", "first", "second", "model", "task"),
     [
         ("llm.name_or_path", "/a/tiny", "/b/tiny", "tiny [name_or_path={}]", "arc"),
+        ("llm.revision", "one", "two", "tiny [revision={}]", "arc"),
+        ("llm.tokenizer", "/a/own", "/b/own", "tiny [tokenizer={}]", "arc"),
+        ("llm.pypi.file", "q4.gguf", "q8.gguf", "tiny [file={}]", "arc"),
+        ("llm.random_init_seed", 0, 1, "tiny [random_init_seed={}]", "arc"),
         ("llm.architecture", {"hidden_size": 16}, {"hidden_size": 32}, "tiny [hidden_size={}]", "arc"),
         ("dset.config", "anatomy", "astronomy", "tiny", "arc [config={}]"),
         ("dset.test_file", "a/test.jsonl", "b/test.jsonl", "tiny", "arc [test_file={}]"),
@@ -278,6 +282,8 @@ def changed_config(folder: Path, changed: dict[str, Any]) -> Path:
     ("arguments", "message"),
     [
         (["empty"], "no runs found below empty"),
+        (["bad.csv"], "bad.csv is no list of run folders (.txt): name folders, or --from-csv"),
+        (["moved.txt"], "moved.txt names gone, which is no folder here"),
         (["--from-csv", "bad.csv"], "bad.csv lacks the columns task"),
         (["--from-csv", "none.csv"], "none.csv"),
         ([], "one of the two"),
@@ -287,11 +293,18 @@ def changed_config(folder: Path, changed: dict[str, Any]) -> Path:
 def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("bad.csv").write_text("model,acc\nx,1\n")
+    Path("moved.txt").write_text("run\ngone\n")
     write_run(Path("run"))
     with pytest.raises(SystemExit):
         report.main(arguments)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
+
+
+def test_a_list_names_runs_whatever_their_folders_are_called(tmp_path):
+    listed = [write_run(tmp_path / "all runs" / f"seed {seed}", seed=seed) for seed in range(3)][:2]
+    (tmp_path / "by_nll.txt").write_text("".join(f"{folder}\n" for folder in listed) + "\n")
+    assert {row.seed for row in collect([tmp_path / "by_nll.txt"])[0]} == {0, 1}
 
 
 def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
