@@ -31,7 +31,13 @@ from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser
 from benchmarks.tuning import read
 from benchmarks.workers import Chain, by_key, carry_out, startable
 
-METHODS = [name for method in RATES for name in (method, *AS.get(method, ()), *POST_HOC.get(method, ()))]
+
+def with_setting_of(method: str) -> tuple[str, ...]:
+    """The method, and those that have its setting."""
+    return (method, *AS.get(method, ()), *POST_HOC.get(method, ()))
+
+
+METHODS = [name for method in RATES for name in with_setting_of(method)]
 
 
 def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
@@ -42,13 +48,15 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
             longer has.
     """
     tuning = read(path)
-    of, unfinished = tuning.of.get(task, {}), tuning.unfinished.get(task, ())
     found = {}
     for method in RATES:
-        if method in unfinished or not of.get(method):
-            raise ValueError(f"{path} has no finished search of {method} on {task}: run benchmarks.comparison first")
-        whole = means(of[method], TUNING_SEEDS)
+        tried = tuning.of.get(task, {}).get(method, {})
+        whole = means(tried, TUNING_SEEDS)
         found[method] = chosen({_parsed(method, setting): metrics for setting, metrics in whole.items()})
+        unfinished = tuning.unfinished
+        ended = bool(whole) if unfinished is None else method not in unfinished.get(task, ())
+        if not (tried and ended):
+            raise ValueError(f"{path} has no finished search of {method} on {task}: run benchmarks.comparison first")
     return found
 
 
@@ -92,7 +100,8 @@ def run(
         for method, found in chosen_in(tuning, task).items()
     }
     for task, method in (key for key, found in of.items() if not found and key[0] in tasks):
-        print(f"{task}: every setting of {method} diverged in the search: {UNTESTED}", flush=True)
+        if not set(methods).isdisjoint(with_setting_of(method)):
+            print(f"{task}: every setting of {method} diverged in the search: {UNTESTED}", flush=True)
     of = {key: found for key, found in of.items() if found}
 
     def chain(task: str, method: str, setting: Setting) -> Chain:

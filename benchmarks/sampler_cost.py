@@ -155,8 +155,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{step['sampler_ms']:.2f} ms of a step of {step['step_ms']:.2f} ms: {100 * step['share']:.1f} %",
             flush=True,
         )
-    results = sweeps(arguments, device)
-    return {"command": vars(arguments), "environment": environment(device), "results": results, "step": step}
+    found = environment(device)
+    return {"command": vars(arguments), "environment": found, "results": sweeps(arguments, device), "step": step}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from utils.run import write_json_atomic
 Metrics = dict[str, float]
 BySeed = dict[int, Metrics]
 NAMES = ("acc", "nll", "ece")
-"""Metrics that every run has."""
+"""Metrics of a run that are read."""
 UNFINISHED = "unfinished"
 """Beside the tasks in the file: task -> method of the searches that have not ended, in the shape of no runs."""
 REMEDY = "name the tuning.json of a comparison"
@@ -21,16 +21,16 @@ class Tuning(NamedTuple):
 
     of: dict[str, dict[str, dict[str, BySeed]]]
     """Task -> method -> setting -> seed -> metrics; a setting that diverged, or has not been run, is without seeds."""
-    unfinished: Mapping[str, set[str]]
-    """Task -> methods whose search has not ended."""
+    unfinished: Mapping[str, set[str]] | None
+    """Task -> methods whose search has not ended; None in a file that does not say."""
 
 
 def write(path: Path, tuning: Tuning) -> None:
     """Write the file."""
-    unfinished: dict[str, dict[str, dict]] = {
-        task: {method: {} for method in sorted(methods)} for task, methods in tuning.unfinished.items()
-    }
-    write_json_atomic(path, {**tuning.of, UNFINISHED: unfinished})
+    table: dict[str, dict] = dict(tuning.of)
+    if tuning.unfinished is not None:
+        table[UNFINISHED] = {task: {method: {} for method in sorted(own)} for task, own in tuning.unfinished.items()}
+    write_json_atomic(path, table)
 
 
 def read(path: Path) -> Tuning:
@@ -41,7 +41,8 @@ def read(path: Path) -> Tuning:
     """
     try:
         table = json.loads(path.read_text())
-        unfinished = {task: set(methods) for task, methods in table.pop(UNFINISHED, {}).items()}
+        said = table.pop(UNFINISHED, None)
+        unfinished = None if said is None else {task: set(methods.keys()) for task, methods in said.items()}
         of = {
             task: {
                 method: {setting: _by_seed(runs) for setting, runs in settings.items()}
@@ -51,10 +52,16 @@ def read(path: Path) -> Tuning:
         }
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: {REMEDY}") from error
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged or of another kind: {REMEDY}") from error
     return Tuning(of, unfinished)
 
 
 def _by_seed(runs: Mapping[str, Mapping[str, float]]) -> BySeed:
-    return {int(seed): {**run, **{name: float(run[name]) for name in NAMES}} for seed, run in runs.items()}
+    return {int(seed): {name: _number(run[name]) for name in NAMES} for seed, run in runs.items()}
+
+
+def _number(value: float) -> float:
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)

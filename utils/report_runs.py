@@ -67,12 +67,12 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
         FileNotFoundError: If there is no run at all, a folder that a file names is not there, or no run has finished.
         ValueError: If a file is no list of folders.
     """
-    below = [folder for root in roots for folder in _named(Path(root))]
-    folders = sorted({path.parent for folder in below for path in folder.rglob(METRICS_FILE)})
+    below = {folder: list(folder.rglob(METRICS_FILE)) for root in roots for folder in _named(Path(root))}
+    folders = sorted({path.parent.resolve(): path.parent for paths in below.values() for path in paths}.values())
     where = ", ".join(map(str, roots))
     if not folders:
         raise FileNotFoundError(f"no runs found below {where}: no folder there holds a {METRICS_FILE}")
-    runs, notes = [], []
+    runs, notes = [], [f"left out {folder}: no run there" for folder, paths in below.items() if not paths]
     for folder in folders:
         try:
             runs.append(_read_run(folder))
@@ -107,13 +107,22 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
 
 def _named(root: Path) -> list[Path]:
     """The folder itself, or those that a file names."""
-    if not root.is_file():
+    if root.is_dir():
         return [root]
+    if not root.exists():
+        raise FileNotFoundError(f"there is no {root}: name run folders, or lists of them")
+    no_list = f"{root} is no list of run folders (.txt): name folders, or --from-csv and a results.csv"
     if root.suffix != ".txt":
-        raise ValueError(f"{root} is no list of run folders (.txt): name folders, or --from-csv and a results.csv")
-    folders = [Path(line) for line in root.read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise ValueError(no_list)
+    try:
+        lines = root.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(no_list) from None
+    folders = [Path(line) for line in lines if line.strip()]
+    if not folders:
+        raise ValueError(f"{root} names no run: none had finished when it was written")
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise FileNotFoundError(f"{root} names {missing[0]}, which is no folder here: correct the list")
+        raise FileNotFoundError(f"{root} names {str(missing[0])!r}, which is no folder here: correct the list")
     return folders
 
 

@@ -69,12 +69,33 @@ def test_a_method_that_always_diverged_keeps_no_other_from_the_test(tmp_path, tu
     table = json.loads(tuning.read_text())
     runs = table["sst2_500"]["blob"]["0.001"]
     table["sst2_500"]["blob"] = {"0.001": {seed: runs[seed] for seed in seeds}}
-    tuning.write_text(json.dumps(table))
+    tuning.write_text(json.dumps({**table, "cola": table["sst2_500"], UNFINISHED: {}}))
+    command = [str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="no run has finished"):
-        longer.main([str(tuning), "--times", "2", "--tasks", "sst2_500", "--out", str(tmp_path / "out")])
-    assert "sst2_500: every setting of blob diverged" in capsys.readouterr().out
+        longer.main(command)
+    untested = "neither it nor what has its setting is tested"
+    assert capsys.readouterr().out == f"sst2_500: every setting of blob diverged in the search: {untested}\n"
     assert {folder.parts[-3] for folder in asked} >= set(RATES) - {"blob"}
     assert not any("/blob/" in str(folder) for folder in asked)
+    with pytest.raises(SystemExit, match="no run has finished"):
+        longer.main([*command, "--methods", "sgp"])
+    assert capsys.readouterr().out == "", "nobody has asked for it"
+
+
+def test_a_file_that_does_not_say_what_is_unfinished_has_diverged_nowhere(tuning):
+    """Older ones: a search without a choice may have been cut short."""
+    table = json.loads(tuning.read_text())
+    table["sst2_500"]["blob"] = {"0.001": {}}
+    tuning.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="has no finished search of blob on sst2_500"):
+        longer.chosen_in(tuning, "sst2_500")
+
+
+def test_runs_with_other_metrics_too(tuning):
+    table = json.loads(tuning.read_text())
+    table["sst2_500"]["mle"]["0.001"]["100"]["brier"] = "none"
+    tuning.write_text(json.dumps(table))
+    assert longer.chosen_in(tuning, "sst2_500")["mle"]["nll"] == Setting(0.001)
 
 
 def test_lists_of_finished_runs_and_a_line_where_none_is(tmp_path, tuning, monkeypatch):

@@ -26,16 +26,19 @@ def test_a_word_that_is_no_override_is_named(capsys):
     assert "train is neither an option nor KEY=VALUE" in capsys.readouterr().err
 
 
-def test_no_run_at_a_time_is_refused(capsys):
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_no_run_at_a_time_is_refused(capsys, jobs):
     with pytest.raises(SystemExit):
-        parse(parser_of(None, Path("out")), ["--jobs", "0"])
-    assert "--jobs 0: expected 1 or more" in capsys.readouterr().err
+        parse(parser_of(None, Path("out")), [f"--jobs={jobs}"])
+    assert f"--jobs {jobs}: expected 1 or more" in capsys.readouterr().err
 
 
 def test_a_folder_that_a_configuration_reads_otherwise_is_refused(tmp_path):
     with pytest.raises(ValueError, match="begins a reference"), alone_in(tmp_path / "a${b}"):
         pass
     assert not list(tmp_path.iterdir())
+    with alone_in(tmp_path / "a$b{c}"):
+        pass
 
 
 def test_a_folder_is_one_commands_at_a_time(tmp_path):

@@ -260,10 +260,10 @@ def test_sample_error_refuses_what_it_cannot_use(tmp_path):
     make_run(tmp_path / "mle", "method=mle")
     with pytest.raises(ValueError, match="method=mle: only sgp has antithetic draws"):
         sample_error.settings(tmp_path / "mle", [])
-    for option, least in sample_error.LEAST.items():
-        few = Namespace(**{**sample_error.LEAST, option: least - 1})
+    enough = {"groups": 2, "largest": 2, "partitions": 1}
+    for option, least in enough.items():
         with pytest.raises(ValueError, match=f"--{option} {least - 1}: expected {least} or more"):
-            sample_error.run(few)
+            sample_error.run(Namespace(**{**enough, option: least - 1}))
     with pytest.raises(SystemExit) as stop:
         sample_error.main([str(tmp_path / "none")])
     assert stop.value.code == f"error: {tmp_path / 'none'} has no config.yaml: name the folder of a finished run"

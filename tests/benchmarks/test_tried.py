@@ -43,6 +43,8 @@ def test_files_and_an_unknown_task(tuning, tmp_path, capsys):
         ('{"sst2_100": {', "is damaged or of another kind: name the tuning.json"),
         ("[]", "is damaged or of another kind"),
         ('{"sst2_100": [1]}', "is damaged or of another kind"),
+        ('{"sst2_100": {"mle": {"1e-4": {"100": {"acc": "0.8", "nll": 0.4, "ece": 0.1}}}}}', "is damaged"),
+        ('{"unfinished": {"sst2_100": "mle"}}', "is damaged or of another kind"),
         ('{"sst2_100": {"mle": {"1e-4": {"first": {"acc": 0.8, "nll": 0.4, "ece": 0.1}}}}}', "is damaged"),
         ('{"sst2_100": {"mle": {"1e-4": {"100": {"acc": 0.8}}}}}', "is damaged or of another kind"),
         ("{}", "has no finished run: name the tuning.json"),

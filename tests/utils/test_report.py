@@ -215,6 +215,8 @@ def test_variants_differ_in_what_changes_a_result_within_a_task(tmp_path):
         ("llm.revision", "one", "two", "tiny [revision={}]", "arc"),
         ("llm.tokenizer", "/a/own", "/b/own", "tiny [tokenizer={}]", "arc"),
         ("llm.pypi.file", "q4.gguf", "q8.gguf", "tiny [file={}]", "arc"),
+        ("llm.random_init", False, True, "tiny [random_init={}]", "arc"),
+        ("llm.config_overrides", {"rope_theta": 1}, {"rope_theta": 2}, "tiny [rope_theta={}]", "arc"),
         ("llm.random_init_seed", 0, 1, "tiny [random_init_seed={}]", "arc"),
         ("llm.architecture", {"hidden_size": 16}, {"hidden_size": 32}, "tiny [hidden_size={}]", "arc"),
         ("dset.config", "anatomy", "astronomy", "tiny", "arc [config={}]"),
@@ -282,8 +284,11 @@ def changed_config(folder: Path, changed: dict[str, Any]) -> Path:
     ("arguments", "message"),
     [
         (["empty"], "no runs found below empty"),
-        (["bad.csv"], "bad.csv is no list of run folders (.txt): name folders, or --from-csv"),
-        (["moved.txt"], "moved.txt names gone, which is no folder here"),
+        (["run", "none"], "there is no none: name run folders, or lists of them"),
+        (["run", "bad.csv"], "bad.csv is no list of run folders (.txt): name folders, or --from-csv"),
+        (["run", "bytes.txt"], "bytes.txt is no list of run folders"),
+        (["run", "none.txt"], "none.txt names no run"),
+        (["moved.txt"], "moved.txt names 'run/config.yaml', which is no folder here"),
         (["--from-csv", "bad.csv"], "bad.csv lacks the columns task"),
         (["--from-csv", "none.csv"], "none.csv"),
         ([], "one of the two"),
@@ -293,7 +298,10 @@ def changed_config(folder: Path, changed: dict[str, Any]) -> Path:
 def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("bad.csv").write_text("model,acc\nx,1\n")
-    Path("moved.txt").write_text("run\ngone\n")
+    Path("moved.txt").write_text("run\nrun/config.yaml\n")
+    Path("none.txt").write_text("\n")
+    Path("bytes.txt").write_bytes(b"caf\xe9\n")
+    Path("empty").mkdir()
     write_run(Path("run"))
     with pytest.raises(SystemExit):
         report.main(arguments)
@@ -301,10 +309,15 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, arguments, mes
     assert message in last
 
 
-def test_a_list_names_runs_whatever_their_folders_are_called(tmp_path):
-    listed = [write_run(tmp_path / "all runs" / f"seed {seed}", seed=seed) for seed in range(3)][:2]
-    (tmp_path / "by_nll.txt").write_text("".join(f"{folder}\n" for folder in listed) + "\n")
-    assert {row.seed for row in collect([tmp_path / "by_nll.txt"])[0]} == {0, 1}
+def test_a_list_names_runs_whatever_their_folders_are_called(tmp_path, monkeypatch):
+    """Blank lines name none, least of all the current folder; what is also named by itself is read once."""
+    monkeypatch.chdir(tmp_path)
+    listed = [write_run(tmp_path / "all runs\x85.txt" / f"seed {seed}", seed=seed) for seed in range(3)][:2]
+    (tmp_path / "empty").mkdir()
+    Path("by_nll.txt").write_text("\ufeff" + "".join(f"{folder}\n" for folder in (*listed, "empty")) + "\n")
+    rows, _, notes = collect(["by_nll.txt", listed[0].relative_to(tmp_path)])
+    assert {row.seed for row in rows} == {0, 1}
+    assert notes == ["left out empty: no run there"]
 
 
 def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):

@@ -252,9 +252,9 @@ def test_the_base_models_runs_are_no_seeds():
 
 
 def test_signs_that_latex_reads_otherwise():
-    table = Table("a_b", "p^(1/T) ~ 5 % \\ 1 ± 2", [[("x", False)]])
+    table = Table("a_b", "p^(1/T) ~ 5 % \\ 1 ± 2 |", [[("x", False)]])
     assert latex(table).splitlines()[2] == (
-        r"\caption{a\_b. p\textasciicircum{}(1/T) \textasciitilde{} 5 \% \textbackslash{} 1 $\pm$ 2}"
+        r"\caption{a\_b. p\textasciicircum{}(1/T) \textasciitilde{} 5 \% \textbackslash{} 1 $\pm$ 2 \textbar{}}"
     )
 
 

@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -5,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.run import CONFIGS
+from utils.llm import load_model, load_tokenizer
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
-from utils.settings import differing, one_line
+from utils.settings import compose, differing, model_settings, one_line, tokenizer_settings
 
 ALLOCATOR = "CUDA out of memory. Tried to allocate 1.02 GiB. GPU 1 has a total capacity of 79.18 GiB. Process 1 has"
 
@@ -116,3 +119,11 @@ def test_settings_that_differ_are_named_with_both_values():
         "peft.r is 8 there and 'absent' now",
         "seed is 0 there and None now",
     ]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "llm").glob("*.yaml")))
+def test_a_configuration_of_a_model_is_what_loading_takes(name):
+    cfg = compose(CONFIGS, [f"llm={name}", "paths.output_dir=unused", "llm.name_or_path=org/model"])
+    assert tokenizer_settings(cfg).keys() == inspect.signature(load_tokenizer).parameters.keys()
+    left = inspect.signature(load_model).parameters.keys() - model_settings(cfg).keys()
+    assert left == {"dtype", "device", "quantization"}
