@@ -23,6 +23,7 @@ from utils.data.model_limits import position_limit
 from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
 from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from utils.llm.attention import leave_out_cudnn_attention
 from utils.llm.memory import MemoryPlan, Shape, plan_memory
 from utils.run import NoLogger, RunLogger, check_disk
 from utils.seeding import seed_all
@@ -98,6 +99,7 @@ def prepare(cfg: DictConfig) -> Run:
     if world.main and (folder / "metrics.jsonl").exists() and not (cfg.resume or cfg.overwrite):
         raise FileExistsError(f"{folder} already holds a run: set resume=true, overwrite=true or paths.output_dir")
     check_disk(folder, FREE_DISK_BYTES)
+    leave_out_cudnn_attention()
     seed_all(cfg.seed)
     method: Method = instantiate(cfg.method.factory, _convert_="all")
     with world.main_first():

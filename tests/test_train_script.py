@@ -167,6 +167,12 @@ def test_a_run_writes_its_folder_and_documented_lines(tmp_path, overrides):
         torch.testing.assert_close(logits, torch.from_numpy(saved["logits"]), rtol=0, atol=1e-5)
 
 
+def test_attention_is_left_to_kernels_whose_gradients_are_finite(overrides):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    prepare(compose(overrides()))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # Repeating
 
 
