@@ -56,13 +56,14 @@ def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: 
 def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Path:
     """ACC against ECE: a panel per task, a colour and marker per method, bars of one sd over seeds.
 
-    The base model, often far from all others, is left out where there are others.
+    The base model, often far from all others, is left out where there are others, and tasks that have it alone.
     """
     everything = sorted({name for column in panels_of.values() for name in column})
     names = [name for name in everything if name != ZERO_SHOT] or everything
+    shown = {title: column for title, column in panels_of.items() if not column.keys().isdisjoint(names)}
     with matplotlib.rc_context(STYLE):
-        figure, panels = panel_grid(len(panels_of), 3.6, 3.3)
-        for ax, (title, column) in zip(panels, panels_of.items(), strict=True):
+        figure, panels = panel_grid(len(shown), 3.6, 3.3)
+        for ax, (title, column) in zip(panels, shown.items(), strict=True):
             for name, rows in ((name, column[name]) for name in names if name in column):
                 x, y = values(rows, "ece"), values(rows, "acc")
                 if x and y:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from bnn.metrics import evaluate_predictions
-from utils import report
+from utils import report, report_figures
 from utils.report_rows import own_predictions, read_csv, write_csv
 from utils.report_runs import collect, load_scores
 from utils.run import RunLogger, save_predictions, write_json_atomic
@@ -318,6 +318,17 @@ def test_a_list_names_runs_whatever_their_folders_are_called(tmp_path, monkeypat
     rows, _, notes = collect(["by_nll.txt", listed[0].relative_to(tmp_path)])
     assert {row.seed for row in rows} == {0, 1}
     assert notes == ["left out empty: no run there"]
+
+
+def test_a_task_with_the_base_model_alone_has_no_panel(tmp_path, monkeypatch):
+    write_run(tmp_path / "mle", "mle")
+    write_run(tmp_path / "base", "zero_shot", task="boolq")
+    made, grid = [], report_figures.panel_grid
+    monkeypatch.setattr(report_figures, "panel_grid", lambda count, *size: made.append(count) or grid(count, *size))
+    for folders, panels in ((["mle", "base"], 1), (["base"], 1), (["mle"], 1)):
+        rows = collect([tmp_path / folder for folder in folders])[0]
+        report.report_rows(rows, tmp_path / "out", "test")
+        assert made.pop() == panels
 
 
 def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
