@@ -28,7 +28,7 @@ from typing import NamedTuple, TypeVar
 
 from benchmarks import tuning
 from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
-from benchmarks.tuning import Metrics
+from benchmarks.tuning import BySeed, Metrics
 from benchmarks.workers import Chain, Job, by_key, carry_out, has_ended, is_finished, startable, tuned
 from utils.run import write_text_atomic
 from utils.settings import quoted
@@ -197,7 +197,7 @@ class Comparison(NamedTuple):
         overrides = (*COMMON, *self.of_task(task), "method=zero_shot", "seed=0", *self.common)
         return Job(self.out / "final" / task / "zero_shot", overrides, True)
 
-    def by_seed(self, task: str, method: str, setting: Setting) -> dict[int, Metrics]:
+    def by_seed(self, task: str, method: str, setting: Setting) -> BySeed:
         """Metrics on validation data of the runs of a setting that have finished."""
         jobs = {seed: self.tuning_job(task, method, setting, seed) for seed in TUNING_SEEDS}
         return {seed: tuned(job) for seed, job in jobs.items() if is_finished(job)}
@@ -301,7 +301,7 @@ class Comparison(NamedTuple):
             task: {method: {str(s): self.by_seed(task, method, s) for s in settings} for method, settings in of.items()}
             for task, of in tried.items()
         }
-        tuning.write(self.out / "tuning.json", tuning.Tuning(table, unfinished))
+        tuning.write(self.out / "tuning.json", table, unfinished)
         for rule in RULES:
             jobs = [self.zero_shot_job(task) for task in tasks]
             for task, of in tried.items():

@@ -35,12 +35,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     words = list(sys.argv[1:] if argv is None else argv)
     overrides = [word for word in words if OVERRIDE.match(word)]
     arguments = parser.parse_intermixed_args([word for word in words if word not in overrides])
-    if arguments.jobs < 1:
-        parser.error(f"--jobs {arguments.jobs}: expected 1 or more")
+    try:
+        check_least(arguments, {"jobs": 1})
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.overrides:
         parser.error(f"{arguments.overrides[0]} is neither an option nor KEY=VALUE")
     arguments.overrides = overrides
     return arguments
+
+
+def untrained(llm: str) -> list[str]:
+    """Overrides of a model with random weights, for which nothing is read or written."""
+    return [f"llm={llm}", "llm.random_init=true", "paths.output_dir=unused", "paths.cache_dir=unused"]
 
 
 def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.measure import measure
+from benchmarks.options import untrained
 from bnn import LiveSample, active_factors
 from bnn.methods.base import Method
 from pipeline.run import CONFIGS
@@ -42,8 +43,7 @@ def step_share(llm_name: str, device: torch.device, warmup: int, repeats: int) -
     A step is forward, objective at the last position of ``BATCH`` rows of ``TOKENS`` tokens, backward and AdamW; the
     weights are random.
     """
-    unused = ("paths.output_dir=unused", "paths.cache_dir=unused")
-    cfg = compose(CONFIGS, [f"llm={llm_name}", "llm.random_init=true", *unused])
+    cfg = compose(CONFIGS, untrained(llm_name))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base: Any = load_model(dtype=dtype, device=device, quantization=None, **model_settings(cfg))
     method: Method = instantiate(cfg.method.factory, _convert_="all")

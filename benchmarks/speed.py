@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.figures import draw_speed
 from benchmarks.measure import environment, measure
-from benchmarks.options import check_least, one_line_errors
+from benchmarks.options import check_least, one_line_errors, untrained
 from bnn.methods.base import Method, trainable
 from bnn.objective import Loss, negative_elbo
 from pipeline.graphs import StepGraphs
@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         RuntimeError: for a device that is not there.
     """
     check_least(arguments, LEAST)
-    settings = [f"llm={arguments.llm}", "llm.random_init=true", "paths.output_dir=unused", "paths.cache_dir=unused"]
+    settings = untrained(arguments.llm)
     cfg = compose(CONFIGS, settings)
     device = resolve_device(arguments.device)
     if device.type == "cuda":

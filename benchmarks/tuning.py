@@ -25,12 +25,11 @@ class Tuning(NamedTuple):
     """Task -> methods whose search has not ended; None in a file that does not say."""
 
 
-def write(path: Path, tuning: Tuning) -> None:
-    """Write the file."""
-    table: dict[str, dict] = dict(tuning.of)
-    if tuning.unfinished is not None:
-        table[UNFINISHED] = {task: {method: {} for method in sorted(own)} for task, own in tuning.unfinished.items()}
-    write_json_atomic(path, table)
+def write(path: Path, of: Mapping[str, Mapping[str, Mapping[str, BySeed]]], unfinished: Mapping[str, set[str]]) -> None:
+    """Write the file; see ``Tuning``."""
+    no_runs: dict[str, BySeed] = {}
+    table = {task: dict.fromkeys(sorted(methods), no_runs) for task, methods in unfinished.items()}
+    write_json_atomic(path, {**of, UNFINISHED: table})
 
 
 def read(path: Path) -> Tuning:

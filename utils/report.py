@@ -4,11 +4,11 @@ python -m utils.report RUNS... [--out DIR] [--split test]
 python -m utils.report --from-csv results.csv... [--out DIR] [--split test]
 
 RUNS are run folders, folders that hold some, or text files that name either, one a line, as the comparison's
-by_nll.txt. Writes results.csv (a row per evaluation), report.md, report.tex,
-report.csv and figures to DIR. Only runs that differ in nothing but the seed are averaged; the model, task or method of
-others is named with the settings that differ, as in "mle [lr=0.001]". Where runs have saved their validation
-predictions (eval.save_validation), tables say what temperature scaling makes of every method. With --from-csv the
-tables, and the figure of accuracy against calibration, are made from the numbers in one or more results.csv alone.
+by_nll.txt. Writes results.csv (a row per evaluation), report.md, report.tex, report.csv and figures to DIR. Only runs
+that differ in nothing but the seed are averaged; the model, task or method of others is named with the settings that
+differ, as in "mle [lr=0.001]". Where runs have saved their validation predictions (eval.save_validation), tables say
+what temperature scaling makes of every method. With --from-csv the tables, and the figure of accuracy against
+calibration, are made from the numbers in one or more results.csv alone.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from utils.llm import load_model
 from utils.llm.quantization import BitsAndBytesConfig
+from utils.settings import NOT_LOADED
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "llm").glob("*.yaml") if path.stem != "base")
@@ -45,8 +46,8 @@ def arguments(name: str, cache_dir: Path) -> tuple[dict[str, Any], list[str]]:
     """The keys of a shipped file as arguments of `load_model`, and its target modules."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = OmegaConf.to_container(compose(overrides=[f"+llm={name}"]).llm, resolve=True)
-    targets = config.pop("target_modules")
-    for key in ("dtype", "tokenizer"):
+    targets = config["target_modules"]
+    for key in NOT_LOADED:
         config.pop(key)
     device = torch.device("cpu")
     options = {"random_init": True, "cache_dir": cache_dir, "dtype": torch.float32, "device": device}
