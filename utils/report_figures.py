@@ -23,6 +23,8 @@ PER_ROW = 4
 """Panels side by side."""
 LONGEST = 100
 """Characters of a file's name, but for its ending: the names of data files can be part of it."""
+FAR = 0.1
+"""Methods whose accuracy is so much below the best of a panel are named below it: all others would be one spot."""
 SampleCurve = tuple[list[int], list[float], list[float]]
 """Numbers of samples, and for each the NLL (nats) and the ECE."""
 
@@ -56,7 +58,8 @@ def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: 
 def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Path:
     """ACC against ECE: a panel per task, a colour and marker per method, bars of one sd over seeds.
 
-    The base model, often far from all others, is left out where there are others, and tasks that have it alone.
+    The base model, often far from all others, is left out where there are others, and tasks that have it alone. Other
+    methods that are far below the best (``FAR``) are named below the panel instead, with their means.
     """
     everything = sorted({name for column in panels_of.values() for name in column})
     names = [name for name in everything if name != ZERO_SHOT] or everything
@@ -64,16 +67,19 @@ def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Pa
     with matplotlib.rc_context(STYLE):
         figure, panels = panel_grid(len(shown), 3.6, 3.3)
         for ax, (title, column) in zip(panels, shown.items(), strict=True):
-            for name, rows in ((name, column[name]) for name in names if name in column):
-                x, y = values(rows, "ece"), values(rows, "acc")
-                if x and y:
-                    bars: dict[str, Any] = {
-                        f"{a}err": stdev(v) if len(v) > 1 else None for a, v in (("x", x), ("y", y))
-                    }
-                    ax.errorbar(
-                        fmean(x), fmean(y), capsize=3, lw=1.2, linestyle="", **bars, **line_look(names.index(name))
-                    )
-            ax.set(title=title, xlabel=TITLES["ece"], ylabel=TITLES["acc"])
+            points = {
+                name: [values(column[name], metric) for metric in ("ece", "acc")] for name in names if name in column
+            }
+            points = {name: each for name, each in points.items() if all(each)}
+            lowest = max((fmean(y) for _, y in points.values()), default=0.0) - FAR
+            below = [TITLES["ece"]]
+            for name, (x, y) in points.items():
+                if fmean(y) < lowest:
+                    below.append(f"{name} far below: {fmean(y):.3f} at ECE {fmean(x):.3f}")
+                    continue
+                bars: dict[str, Any] = {f"{a}err": stdev(v) if len(v) > 1 else None for a, v in (("x", x), ("y", y))}
+                ax.errorbar(fmean(x), fmean(y), capsize=3, lw=1.2, linestyle="", **bars, **line_look(names.index(name)))
+            ax.set(title=title, xlabel="\n".join(below), ylabel=TITLES["acc"])
             ax.xaxis.set_major_locator(MaxNLocator(5))
         looks = [Line2D([], [], linestyle="", label=name, **line_look(index)) for index, name in enumerate(names)]
         figure.legend(handles=looks, loc="outside lower center", ncols=min(len(names), 2 * min(PER_ROW, len(panels))))

@@ -8,7 +8,8 @@ import torch
 from scipy.stats import t, ttest_1samp, ttest_rel
 
 from bnn import metrics
-from utils.report_figures import sample_curve
+from utils import report_figures
+from utils.report_figures import draw_accuracy_calibration, sample_curve
 from utils.report_rows import Row, own_predictions
 from utils.report_scores import (
     Prediction,
@@ -45,6 +46,24 @@ def make_row(method: str, seed: int = 0, nll: float = 1.0, task: str = "arc", ec
     measures = {"acc": 0.5, "nll": nll, "ece": ece_, "brier": 0.2, "auroc_entropy": None}
     extra = {"steps": 1, "commit": "", "auroc_mutual_information": None}
     return Row(method=method, seed=seed, **where, **measures, **extra)
+
+
+def test_a_method_far_below_the_others_is_named_below_its_panel(tmp_path, monkeypatch):
+    """Its bars would make one spot of all others, here at 0.8 and 0.75."""
+    drawn = []
+    monkeypatch.setattr(report_figures, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    accuracies = {"sgp": (0.79, 0.81), "mle": (0.74, 0.76), "blob": (0.9, 0.3), "zero_shot": (0.1,)}
+    column = {
+        name: [replace(make_row(name, seed, ece_=0.1 + seed / 10), acc=acc) for seed, acc in enumerate(of_seeds)]
+        for name, of_seeds in accuracies.items()
+    }
+    draw_accuracy_calibration({"arc": column, "boolq": {"sgp": column["sgp"]}}, tmp_path / "x.png")
+    arc, boolq = drawn[0].axes
+    assert arc.get_xlabel() == "ECE\nblob far below: 0.600 at ECE 0.150"
+    assert len(arc.containers) == 2
+    assert arc.get_ylim()[0] > 0.7
+    assert boolq.get_xlabel() == "ECE"
+    assert len(boolq.containers) == 1
 
 
 def test_metrics_agree_with_those_of_the_library():
