@@ -68,9 +68,10 @@ def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Pa
         figure, panels = panel_grid(len(shown), 3.6, 3.3)
         for ax, (title, column) in zip(panels, shown.items(), strict=True):
             points = {
-                name: [values(column[name], metric) for metric in ("ece", "acc")] for name in names if name in column
+                name: (x, y)
+                for name in names
+                if (x := values(column.get(name, []), "ece")) and (y := values(column.get(name, []), "acc"))
             }
-            points = {name: each for name, each in points.items() if all(each)}
             lowest = max((fmean(y) for _, y in points.values()), default=0.0) - FAR
             below = [TITLES["ece"]]
             for name, (x, y) in points.items():

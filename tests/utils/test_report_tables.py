@@ -9,7 +9,7 @@ from scipy.stats import t, ttest_1samp, ttest_rel
 
 from bnn import metrics
 from utils import report_figures
-from utils.report_figures import draw_accuracy_calibration, sample_curve
+from utils.report_figures import sample_curve
 from utils.report_rows import Row, own_predictions
 from utils.report_scores import (
     Prediction,
@@ -57,7 +57,7 @@ def test_a_method_far_below_the_others_is_named_below_its_panel(tmp_path, monkey
         name: [replace(make_row(name, seed, ece_=0.1 + seed / 10), acc=acc) for seed, acc in enumerate(of_seeds)]
         for name, of_seeds in accuracies.items()
     }
-    draw_accuracy_calibration({"arc": column, "boolq": {"sgp": column["sgp"]}}, tmp_path / "x.png")
+    report_figures.draw_accuracy_calibration({"arc": column, "boolq": {"sgp": column["sgp"]}}, tmp_path / "x.png")
     arc, boolq = drawn[0].axes
     assert arc.get_xlabel() == "ECE\nblob far below: 0.600 at ECE 0.150"
     assert len(arc.containers) == 2
