@@ -30,6 +30,7 @@ class Question:
         suffix: Text that follows the option (the rest of a cloze sentence). Where it is not empty, choice
             scoring scores the suffix given the option instead of the option.
         lead: What joins an option to the text before it: a blank, or nothing.
+        group: What rows made from one source share, which never stand on both sides of a carve; None: alone.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Question:
     category: str | None = None
     suffix: str = ""
     lead: str = " "
+    group: str | None = None
 
 
 @dataclass(frozen=True)

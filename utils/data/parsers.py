@@ -79,9 +79,11 @@ def obqa(row: Row, identifier: str) -> Question:
 def winogrande(row: Row, identifier: str) -> Question:
     """allenai/winogrande: a sentence with a blank `_` and two options; answer "1", "2" or "" (hidden).
 
-    Choice scoring reads the sentence with each option in place and scores what follows the blank.
+    Choice scoring reads the sentence with each option in place and scores what follows the blank. A sentence's twin,
+    which differs in a word and has the other answer, has the same options, so these are the group.
     """
     sentence, answer = _text(row, "sentence"), str(row.get("answer") or "").strip()
+    options = (_text(row, "option1"), _text(row, "option2"))
     before, blank, after = sentence.partition("_")
     if not blank:
         raise DataError(f"the sentence {sentence!r} has no blank '_'")
@@ -90,21 +92,22 @@ def winogrande(row: Row, identifier: str) -> Question:
     return Question(
         id=identifier,
         fields={"question": sentence, "before": before.rstrip()},
-        options=(_text(row, "option1"), _text(row, "option2")),
+        options=options,
         answer=int(answer) - 1 if answer else None,
         suffix=after.rstrip(),
         lead=" " if before.endswith(" ") else "",
+        group=" / ".join(sorted(option.lower() for option in options)),
     )
 
 
 @register("boolq")
 def boolq(row: Row, identifier: str) -> Question:
-    """google/boolq: passage, question, boolean answer; the classes are no (0) and yes (1)."""
+    """google/boolq: passage (the group), question, boolean answer; the classes are no (0) and yes (1)."""
     answer = row.get("answer")
     if answer is not None and not isinstance(answer, bool):
         raise DataError(f"answer {answer!r} is neither true nor false")
     fields = {"question": _text(row, "question"), "passage": _text(row, "passage")}
-    return Question(identifier, fields, (), None if answer is None else int(answer))
+    return Question(identifier, fields, (), None if answer is None else int(answer), group=fields["passage"])
 
 
 @register("mmlu")
@@ -122,37 +125,42 @@ def mmlu(row: Row, identifier: str) -> Question:
     )
 
 
-def _glue(*keys: str) -> Parser:
-    """Rows of nyu-mll/glue: text fields and a class index `label`, -1 where hidden."""
+def _glue(*keys: str, group: str | None = None) -> Parser:
+    """Rows of nyu-mll/glue: text fields and a class index `label`, -1 where hidden; `group`: which field is the group.
+
+    Rows that share a premise or a question tend to differ in label, in WNLI as WinoGrande's twins do.
+    """
 
     def parse(row: Row, identifier: str) -> Question:
         label = row.get("label")
         if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
             raise DataError(f"label {label!r} is not a class index")
         fields = {key: _text(row, key) for key in keys}
-        return Question(identifier, fields, (), None if label in (None, -1) else label)
+        answer = None if label in (None, -1) else label
+        return Question(identifier, fields, (), answer, group=None if group is None else fields[group])
 
     return parse
 
 
-for _name, _keys in {
-    "sst2": ("sentence",),
-    "cola": ("sentence",),
-    "mrpc": ("sentence1", "sentence2"),
-    "rte": ("sentence1", "sentence2"),
-    "wnli": ("sentence1", "sentence2"),
-    "qnli": ("question", "sentence"),
-    "qqp": ("question1", "question2"),
-    "mnli": ("premise", "hypothesis"),
-}.items():
-    register(_name)(_glue(*_keys))
+for _name, _keys, _group in (
+    ("sst2", ("sentence",), None),
+    ("cola", ("sentence",), None),
+    ("mrpc", ("sentence1", "sentence2"), None),
+    ("rte", ("sentence1", "sentence2"), "sentence1"),
+    ("wnli", ("sentence1", "sentence2"), "sentence1"),
+    ("qnli", ("question", "sentence"), "question"),
+    ("qqp", ("question1", "question2"), None),
+    ("mnli", ("premise", "hypothesis"), "premise"),
+):
+    register(_name)(_glue(*_keys, group=_group))
 
 
 @register("jsonl")
 def jsonl(row: Row, identifier: str) -> Question:
     """A user's file: question, choices (list of texts), answer (text of a choice, letter or index from 0).
 
-    `id` and `category` are optional. A row without an answer is one whose label is hidden.
+    `id`, `category` and `group` (of rows that a carve must not separate) are optional. A row without an answer is one
+    whose label is hidden.
     """
     choices = row.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
@@ -160,13 +168,14 @@ def jsonl(row: Row, identifier: str) -> Question:
     options = tuple(choice.strip() for choice in choices)
     if len(set(options)) < len(options):
         raise DataError(f"two choices of {list(options)} are the same")
-    category = row.get("category")
+    category, group = row.get("category"), row.get("group")
     return Question(
         id=str(identifier if row.get("id") is None else row["id"]),
         fields={"question": _text(row, "question")},
         options=options,
         answer=_answer(row.get("answer"), options),
         category=None if category is None else str(category),
+        group=None if group is None else str(group),
     )
 
 

@@ -88,15 +88,28 @@ def resolve(sources: Mapping[str, RawSplit | None], validation_fraction: float, 
 
 
 def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[list[Question], list[Question]]:
-    """Split into (rest, carved): a seeded random share, at least one question, both in the original order."""
+    """Split into (rest, carved): a seeded random share, at least one question, both in the original order.
+
+    A group goes as a whole, so the share may be larger by what the last one has too many: on WinoGrande, whose training
+    sentences are twins with opposite answers, learning one of them by heart would get the other wrong in validation.
+    """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"dset.validation_fraction is {fraction}; it must be between 0 and 1, exclusive")
     if not questions:
         return [], []
-    count = max(1, round(fraction * len(questions)))
-    if count >= len(questions):
-        raise DataError(f"train has {len(questions)} questions, too few to carve a validation split; add a file")
-    chosen = set(np.random.default_rng([seed, 1]).permutation(len(questions))[:count].tolist())
+    groups: dict[str | int, list[int]] = {}
+    of = [i if question.group is None else question.group for i, question in enumerate(questions)]
+    for i, group in enumerate(of):
+        groups.setdefault(group, []).append(i)
+    count, chosen = max(1, round(fraction * len(questions))), set[int]()
+    for i in np.random.default_rng([seed, 1]).permutation(len(questions)).tolist():
+        if len(chosen) < count:
+            chosen.update(groups[of[i]])
+    if len(chosen) == len(questions):
+        raise DataError(
+            f"train has {len(questions)} questions from {len(groups)} sources, too few to carve a validation split; "
+            "add a file"
+        )
     rest = [question for i, question in enumerate(questions) if i not in chosen]
     return rest, [question for i, question in enumerate(questions) if i in chosen]
 

@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from utils.data import source
-from utils.data.example import DataError
+from utils.data.example import DataError, Question
+from utils.data.splits import carve
 from utils.data.task import TaskConfig, load_task
 
 CONFIG_DIR = Path(__file__).parents[3] / "configs" / "dset"
@@ -70,6 +72,36 @@ def test_validation_is_carved_where_only_train_and_test_exist(full):
     (full / "glue/sst2/validation.jsonl").unlink()
     task = load_task(dset("sst2", validation_fraction=0.2), full, seed=0)
     assert (len(task.train), len(task.validation), len(task.test)) == (40, 10, 20)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_carve_takes_what_belongs_together_as_a_whole(tmp_path, write_rows, seed):
+    def row(i: int, side: int) -> dict:
+        names = [f"Ann{i}", f"bob{i}"]
+        first, second = names if side else (names[1].title(), names[0].upper())
+        return {"sentence": f"{i} _ is {side}.", "option1": first, "option2": second, "answer": "12"[side]}
+
+    write_rows("winogrande/winogrande_s/train.jsonl", [row(i, side) for i in range(20) for side in (0, 1)])
+    write_rows("winogrande/winogrande_s/validation.jsonl", [row(30, 0), row(31, 1)])
+    task = load_task(dset("wg_s", validation_fraction=0.25), tmp_path, seed=seed)
+    assert (len(task.train), len(task.validation), len(task.test)) == (30, 10, 2)
+    sources = [{e.prompt.split()[0] for e in split} for split in (task.train, task.validation)]
+    assert [len(numbers) for numbers in sources] == [15, 5]
+    assert not set.intersection(*sources)
+
+
+def test_a_carve_of_single_questions_is_a_seeded_draw():
+    questions = [Question(str(i), {}, (), 0) for i in range(10)]
+    rest, carved = carve(questions, 0.3, seed=4)
+    drawn = np.random.default_rng([4, 1]).permutation(10)[:3]
+    assert [q.id for q in carved] == [str(i) for i in sorted(drawn)]
+    assert [q for q in questions if q not in carved] == rest
+
+
+def test_a_carve_needs_more_than_one_source():
+    questions = [Question(str(i), {}, (), 0, group="one") for i in range(10)]
+    with pytest.raises(DataError, match="10 questions from 1 sources, too few to carve"):
+        carve(questions, 0.3, seed=0)
 
 
 def test_no_labelled_split_to_test_on(full, write_rows):
@@ -159,7 +191,7 @@ def test_offline_mode_asks_the_cache_without_a_probe(tmp_path, monkeypatch):
     def load_dataset(path, config):
         assert (path, config) == ("google/boolq", None)
         row = {"question": "q", "passage": "p", "answer": True}
-        numbered = [{**row, "question": f"q{i}"} for i in range(20)]
+        numbered = [{**row, "question": f"q{i}", "passage": f"p{i}"} for i in range(20)]
         return datasets.DatasetDict(
             train=datasets.Dataset.from_list(numbered), validation=datasets.Dataset.from_list([row])
         )
