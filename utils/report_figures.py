@@ -1,6 +1,7 @@
 """Figures of a report: reliability side by side, accuracy against calibration, and metrics against samples."""
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: 
             reliability_panel(ax, bins, f"{_wrap(name)}\nECE = {error:.4f}")
             ax.set(xlabel="Confidence", ylabel="Accuracy")
             ax.label_outer()
-        for ax in panels[-PER_ROW:]:  # what is lowest in its column, also above an empty place
+        for ax in panels[-per_row(len(panels)) :]:  # what is lowest in its column, also above an empty place
             ax.set_xlabel("Confidence")
             ax.tick_params(labelbottom=True)
         handles, labels = panels[0].get_legend_handles_labels()
@@ -83,7 +84,7 @@ def draw_accuracy_calibration(panels_of: Mapping[str, Column], path: Path) -> Pa
             ax.set(title=title, xlabel="\n".join(below), ylabel=TITLES["acc"])
             ax.xaxis.set_major_locator(MaxNLocator(5))
         looks = [Line2D([], [], linestyle="", label=name, **line_look(index)) for index, name in enumerate(names)]
-        figure.legend(handles=looks, loc="outside lower center", ncols=min(len(names), 2 * min(PER_ROW, len(panels))))
+        figure.legend(handles=looks, loc="outside lower center", ncols=min(len(names), 2 * per_row(len(panels))))
         return save_figure(figure, path)
 
 
@@ -119,10 +120,15 @@ def draw_samples(curves: Mapping[str, Sequence[SampleCurve]], path: Path) -> Pat
         return save_figure(figure, path)
 
 
+def per_row(count: int) -> int:
+    """Panels in a row, where as few rows as `PER_ROW` allows share them evenly."""
+    return math.ceil(count / math.ceil(count / PER_ROW))
+
+
 def panel_grid(count: int, width: float, height: float, share: str = "none") -> tuple[Figure, list[Axes]]:
-    """Panels in rows of at most `PER_ROW`; the unused places of the last row are empty."""
-    columns = min(PER_ROW, count)
-    rows = -(-count // columns)
+    """Panels in rows of `per_row`; the unused places of the last row are empty."""
+    columns = per_row(count)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(5.0, width * columns), height * rows + 0.5), layout="constrained")
     shared = share == "all"
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).flat)

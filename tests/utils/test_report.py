@@ -331,6 +331,16 @@ def test_a_task_with_the_base_model_alone_has_no_panel(tmp_path, monkeypatch):
         assert made.pop() == panels
 
 
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (5, 3, 2), (6, 3, 2), (9, 3, 3), (12, 4, 3), (13, 4, 4)]
+)
+def test_panels_fill_few_rows_evenly(count, columns, rows):
+    figure, panels = report_figures.panel_grid(count, 1.0, 1.0)
+    grid = panels[0].get_subplotspec().get_gridspec()
+    assert (grid.ncols, grid.nrows, len(panels)) == (columns, rows, count)
+    assert len(figure.axes) == count
+
+
 def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
     report.main([str(runs), "--out", str(tmp_path / "a")])
     path = tmp_path / "a" / "results.csv"
