@@ -21,7 +21,7 @@ from utils.report_scores import Prediction, ece, example_losses, reliability, ru
 from utils.report_tables import Column, values
 
 PER_ROW = 4
-"""Panels side by side."""
+"""Most panels side by side."""
 LONGEST = 100
 """Characters of a file's name, but for its ending: the names of data files can be part of it."""
 FAR = 0.1

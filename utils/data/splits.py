@@ -97,14 +97,15 @@ def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[li
         raise DataError(f"dset.validation_fraction is {fraction}; it must be between 0 and 1, exclusive")
     if not questions:
         return [], []
+    group_of = [i if question.group is None else question.group for i, question in enumerate(questions)]
     groups: dict[str | int, list[int]] = {}
-    of = [i if question.group is None else question.group for i, question in enumerate(questions)]
-    for i, group in enumerate(of):
+    for i, group in enumerate(group_of):
         groups.setdefault(group, []).append(i)
     count, chosen = max(1, round(fraction * len(questions))), set[int]()
     for i in np.random.default_rng([seed, 1]).permutation(len(questions)).tolist():
-        if len(chosen) < count:
-            chosen.update(groups[of[i]])
+        if len(chosen) >= count:
+            break
+        chosen.update(groups[group_of[i]])
     if len(chosen) == len(questions):
         raise DataError(
             f"train has {len(questions)} questions from {len(groups)} sources, too few to carve a validation split; "
