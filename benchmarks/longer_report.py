@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.tried import FOREMOST
 from utils.plots import COLOURS, STYLE, TITLES, drawn_line_look, save_figure
-from utils.report_figures import PER_ROW
+from utils.report_figures import per_row
 from utils.report_rows import ZERO_SHOT, Row, read_csv
 from utils.report_tables import columns, values
 from utils.run import write_text_atomic
@@ -87,7 +87,8 @@ def draw(tasks: dict[str, Ends], path: Path) -> Path:
     """A column per task, in blocks of a row per metric; methods that take no steps of their own are left out."""
     trained = {name for of in tasks.values() for name, (_, after) in of.items() if after[0].steps}
     names = sorted(trained, key=lambda name: (name == FOREMOST, name))
-    across, blocks = min(len(tasks), PER_ROW), math.ceil(len(tasks) / PER_ROW)
+    across = per_row(len(tasks))
+    blocks = math.ceil(len(tasks) / across)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * across + 1.8, 2.8 * len(DRAWN) * blocks), layout="constrained")
         grid = figure.subplots(len(DRAWN) * blocks, across, squeeze=False)
@@ -95,7 +96,7 @@ def draw(tasks: dict[str, Ends], path: Path) -> Path:
             ax.set_axis_off()
         lines = {}
         for place, (task, of) in enumerate(tasks.items()):
-            block, column = divmod(place, PER_ROW)
+            block, column = divmod(place, across)
             for row, metric in enumerate(DRAWN):
                 ax = grid[block * len(DRAWN) + row, column]
                 ax.set_axis_on()

@@ -10,6 +10,7 @@ from benchmarks import longer, longer_report, workers
 from benchmarks.comparison import RATES, SEEDS, Comparison, Setting
 from benchmarks.options import alone_in
 from benchmarks.tuning import UNFINISHED
+from utils.report_figures import PER_ROW, per_row
 from utils.report_rows import Row, write_csv
 
 ROW = Row("m", "sst2", "500", "mle", "", 0, "test", "mean", 160, "", 0.9, 0.3, 0.05, 0.2, None, None)
@@ -249,8 +250,9 @@ def test_tasks_go_below_where_there_are_many(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(longer_report, "save_figure", lambda figure, path: figures.append(figure))
     after = dataclasses.replace(ROW, steps=640, nll=0.5, ece=0.1)
-    tasks = {f"task{i}": {name: ([ROW], [after]) for name in ("mle", "sgp")} for i in range(longer_report.PER_ROW + 1)}
+    tasks = {f"task{i}": {name: ([ROW], [after]) for name in ("mle", "sgp")} for i in range(PER_ROW + 1)}
     longer_report.draw(tasks, tmp_path / "longer.png")
+    assert len({ax.get_subplotspec().colspan.start for ax in figures[0].axes}) == per_row(PER_ROW + 1) < PER_ROW
     drawn = [ax for ax in figures[0].axes if ax.axison]
     assert [ax.get_title() for ax in drawn if ax.get_title()] == list(tasks)
     assert len(drawn) == 2 * len(tasks)
