@@ -4,7 +4,7 @@
 
 Each trial is a run of ``train_script.py`` with other values of the keys in ``search.space``, judged on validation data
 only. The same command again goes on with the study; started several times at once, the processes share it. Reads from
-top to bottom: main -> search -> trial -> report -> finals.
+top to bottom: main -> search -> run_trial -> write_results -> report -> finals.
 """
 
 import gc
@@ -80,12 +80,13 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
             return run_trial(cfg, base, space, study, trial)
 
         work(study, worker, objective, **budget, failures=USER_ERRORS, say=say)
-        others, lock = worker.running_elsewhere(study), try_lock(folder / "workers" / "results")
-        if others or lock is None:
+        others = worker.running_elsewhere(study)
+        lock = None if others else try_lock(folder / "workers" / "results")  # held by nobody who does not write them
+        if lock is None:
             logger.info("other processes still work on the study: the last one writes the results")
         else:
             with lock:
-                report(cfg, base, study, compare)
+                write_results(cfg, base, study, compare)
     finally:
         worker.close()
     return folder
@@ -129,6 +130,14 @@ def say(trial: FrozenTrial, reason: str) -> None:
     shown = " | ".join(f"{name.upper()}={metrics[name]:.4f}" for name in ("nll", "acc", "ece", "brier") if metrics)
     values = " ".join(f"{key}={value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
     logger.info("[TRIAL %d] %s: %s (%s)", trial.number, trial.state.name.lower(), shown or reason, values)
+
+
+def write_results(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: optuna.Study | None) -> None:
+    """``report``, and once more where a trial of another process has ended in the meantime."""
+    reported = None
+    while reported != (known := len(points_of(study))):
+        report(cfg, base, study, compare)
+        reported = known
 
 
 def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: optuna.Study | None) -> None:

@@ -161,10 +161,27 @@ def test_whoever_ends_last_writes_the_results(tmp_path, monkeypatch, elsewhere):
     """Others that still work on the study will add trials: what is chosen without them would be out of date."""
     monkeypatch.setattr(ss, "work", lambda *_, **__: None)
     monkeypatch.setattr(ss.Worker, "running_elsewhere", lambda *_: elsewhere)
-    written: list[int] = []
-    monkeypatch.setattr(ss, "report", lambda *_: written.append(1))
+    locks, written, lock = [], [], ss.try_lock
+    monkeypatch.setattr(ss, "try_lock", lambda path: locks.append(lock(path)) or locks[-1])
+    monkeypatch.setattr(ss, "report", lambda *_: written.append(locks[-1].closed))
     run(tmp_path / "a")
-    assert len(written) == 1 - elsewhere
+    assert written == [False] * (1 - elsewhere)
+    assert [held.closed for held in locks] == [True] * len(written), "who does not write keeps nobody from it"
+
+
+def test_a_trial_that_ends_while_results_are_written_is_in_them(tmp_path, monkeypatch):
+    known: list[int] = []
+
+    def report(cfg, base, study, compare):
+        known.append(len(points_of(study)))
+        if len(known) == 1:
+            ss.work(study, worker, lambda trial: ss.run_trial(cfg, base, space, study, trial), **budget)
+
+    budget = {"trials": 2, "seconds": None, "max_failures": None, "failures": (), "say": lambda *_: None}
+    worker, space = ss.Worker(tmp_path / "other"), ss.read_space(ss.plain(configure(FAST).search.space))
+    monkeypatch.setattr(ss, "report", report)
+    run(tmp_path / "a", "search.trials=1")
+    assert known == [1, 2]
 
 
 def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):

@@ -1,5 +1,6 @@
 """The Optuna study: storage, several processes at once, budget, and trials whose process died."""
 
+import contextlib
 import fcntl
 import time
 import uuid
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 
 import optuna
 from optuna import Study, Trial, TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -102,7 +104,8 @@ class Worker:
             if self._is_alive(owner) if owner else young:
                 alive += 1
             else:
-                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                with contextlib.suppress(UpdateFinishedTrialError):  # another process has just done so
+                    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         return alive
 
     def _is_alive(self, owner: str) -> bool:

@@ -150,6 +150,22 @@ def test_trials_of_dead_processes_are_made_up_for_and_those_of_living_ones_count
     assert me.running_elsewhere(study) == 0
 
 
+def test_two_processes_that_find_the_same_dead_trial_go_on_both(tmp_path, monkeypatch):
+    dead, me = Worker(tmp_path), Worker(tmp_path)
+    open_at(tmp_path, dead).ask()
+    dead.close()
+    study, others_study = open_at(tmp_path, me), open_at(tmp_path, Worker(tmp_path))
+    tell = study._storage.set_trial_state_values
+
+    def told_before(*arguments, **more):
+        assert Worker(tmp_path).running_elsewhere(others_study) == 0
+        return tell(*arguments, **more)
+
+    monkeypatch.setattr(study._storage, "set_trial_state_values", told_before)
+    assert me.running_elsewhere(study) == 0
+    assert [trial.state.name for trial in study.trials] == ["FAIL"]
+
+
 def test_the_wall_clock_ends_it(tmp_path):
     worker = Worker(tmp_path)
     study = open_at(tmp_path, worker)
