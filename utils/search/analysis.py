@@ -20,7 +20,7 @@ def hypervolume_curves(
 ) -> dict[str, list[float]]:
     """Hypervolume after each trial of each study, towards one common corner.
 
-    Pruned and failed trials count as trials and add nothing; those lost with their process do not count.
+    Pruned and failed trials count as trials and add nothing; those lost with their process, or running, do not count.
 
     Args:
         studies: Studies of the same objectives; each needs a complete trial.
@@ -35,7 +35,8 @@ def hypervolume_curves(
     curves = {}
     for label, study in studies.items():
         values, numbers = costs(points[label], objectives), np.array([point.number for point in points[label]])
-        counted = [trial.number for trial in study.get_trials(deepcopy=False) if not is_lost(trial)]
+        ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        counted = [trial.number for trial in ended if not is_lost(trial)]
         curves[label] = [hypervolume(values[numbers <= number], corner) for number in counted]
     return curves
 

@@ -90,8 +90,9 @@ def test_hypervolume_after_each_trial_towards_a_common_corner():
     assert given["a"] == pytest.approx([0.3 * 0.7])
 
 
-def test_pruned_trials_count_in_the_curve_and_lost_ones_do_not():
+def test_pruned_trials_count_in_the_curve_and_neither_lost_nor_running_ones_do():
     studies = {"plain": make_study(), "troubled": make_study(extra_pruned=True)}
+    studies["troubled"].ask()
     curves = hypervolume_curves(studies, ["acc", "ece"], {"acc": 0, "ece": 1})
     assert curves["troubled"] == pytest.approx([curves["plain"][0], *curves["plain"]])
 
