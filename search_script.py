@@ -81,7 +81,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
 
         work(study, worker, objective, **budget, failures=USER_ERRORS, say=say)
         others = worker.running_elsewhere(study)
-        lock = None if others else try_lock(folder / "workers" / "results")  # held by nobody who does not write them
+        lock = None if others else try_lock(folder / "workers" / "results")  # by whoever writes, nobody else
         if lock is None:
             logger.info("other processes still work on the study: the last one writes the results")
         else:
