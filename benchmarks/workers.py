@@ -32,8 +32,8 @@ DIVERGED_FILE = "diverged.txt"
 """How a run diverged, in its folder; without it the run would be made again."""
 SETTINGS = "overrides.json"
 """What a run was made with, beside it."""
-MOVED = ("paths.", "train.init_adapter")
-"""Keys that differ once a comparison's folder, or its data, has been moved."""
+MOVED = ("paths.", "train.init_adapter", "llm.gguf_dir")
+"""Keys that differ once a comparison's folder, its data or the file of weights has been moved."""
 PAUSE = 5.0
 """Seconds that a worker without a GPU waits before it hands a run back."""
 FITTED = 4

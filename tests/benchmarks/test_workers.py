@@ -391,10 +391,11 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
         workers.is_finished(Job(tmp_path, ("++opt.lr=2",), False))
 
 
-def test_a_folder_may_be_moved_with_its_data(tmp_path):
-    workers.write_json_atomic(tmp_path / workers.SETTINGS, ["paths.data_dir=/a", "train.init_adapter=/a/adapter"])
+def test_a_folder_may_be_moved_with_its_data_and_weights(tmp_path):
+    keys = ("paths.data_dir", "train.init_adapter", "llm.gguf_dir")
+    workers.write_json_atomic(tmp_path / workers.SETTINGS, [f"{key}=/a" for key in keys])
     workers.write_json_atomic(tmp_path / workers.TUNED, {})
-    assert workers.is_finished(Job(tmp_path, ("train.init_adapter=/b/adapter", "paths.data_dir=/b"), False))
+    assert workers.is_finished(Job(tmp_path, tuple(f"{key}=/b" for key in keys), False))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the worker would find its GPU")
