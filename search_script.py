@@ -73,7 +73,8 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     worker = Worker(folder / "workers")
     try:
         sampler = NumberedSampler(settings.sampler, settings.seed, settings.startup_trials, worker.name)
-        study = open_study(settings.storage, settings.name, settings.objectives, sampler, begun)
+        with worker.alone():
+            study = open_study(settings.storage, settings.name, settings.objectives, sampler, begun)
         budget = {key: settings[key] for key in ("trials", "seconds", "max_failures")}
 
         def objective(trial: optuna.Trial) -> list[float]:

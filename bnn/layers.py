@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable
-from typing import Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from bnn.inducing.flow import InducingFlow
 from bnn.inducing.posterior import FLOW_PREFIX, FactorSpec
 from bnn.inducing.prior import Frame
 from bnn.linalg import inverse_softplus
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context for what is computed in float32 whatever the model around it: factorisations, means, draws."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class InducingFactor(nn.Module):
@@ -139,14 +147,15 @@ class InducingFactor(nn.Module):
         """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._mean = None
-            return posterior.mean(self.spec, _stack_one(self.tensors()), self.flow)[0]
+            with without_autocast(self.W_unit.device):
+                return posterior.mean(self.spec, _stack_one(self.tensors()), self.flow)[0]
         key = [
             (t.data_ptr(), t._version) for t in (*self._parameters.values(), *self._buffers.values()) if t is not None
         ]
         key += [(t.data_ptr(), t._version) for t in (() if self.flow is None else self.flow.parameters())]
         key += [(t.data_ptr(), t._version) for t in (() if self._stack is None else self._stack[0].values())]
         if self._mean is None or self._mean[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
                 self._mean = (key, posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0])
         return self._mean[1]
 
@@ -165,13 +174,28 @@ class InducingFactor(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move devices as asked, but stay in float32: factorisations and small KL gradients need it."""
+        """Move devices as asked, but stay in float32: factorisations and small KL gradients need it.
+
+        A change of dtype is one of ``compute_dtype``.
+        """
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        """Stay in float32 also where tensors of a file take the place of the own ones (``assign``)."""
+        super()._load_from_state_dict(*arguments, **keywords)
+        for name, t in self._buffers.items():
+            if t is not None and t.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = t.float()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: parameters of its own, no draws and nothing cached."""
+        return self.__dict__ | {"_sample": None, "_mean": None, "_stack": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """W x for x (rows, ..., d_in), with the draws tiled over the rows inside ``bnn.sample``."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bnn.graph import SamplerGraph
 from bnn.inducing.posterior import FactorSpec
-from bnn.layers import InducingFactor
+from bnn.layers import InducingFactor, without_autocast
 from bnn.noise import Source, draw_noise
 from bnn.stack import FactorStack
 
@@ -53,9 +53,13 @@ class LiveSample:
         if not self._open:
             raise RuntimeError("backward after bnn.sample has ended would be lost: call it inside the context")
 
-    def push(self) -> None:
-        """Carry the gradients through the sampler to the parameters, and refuse any that come later."""
+    def close(self) -> None:
+        """Refuse gradients that come later."""
         self._open = False
+
+    def push(self) -> None:
+        """Carry the gradients through the sampler to the parameters."""
+        self.close()
         reached = [(root, leaf.grad) for root, leaf in self._cuts if leaf.grad is not None]
         if reached:
             torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
@@ -131,13 +135,16 @@ class Sampler:
             raise ValueError("posterior samples are already live: leave the outer bnn.sample context first")
         live = LiveSample(n)
         try:
-            weights, kl = self._draw(self._noise(n, generator))
+            with without_autocast(self.stacks[0].device):
+                weights, kl = self._draw(self._noise(n, generator))
             for stack, W in zip(self.stacks, live.add(weights, kl), strict=True):
                 for factor, own in zip(stack.factors, (W[0] if n == 1 else W).unbind(-3), strict=True):
                     factor.hold(own)
             yield live
-            live.push()
+            with without_autocast(self.stacks[0].device):
+                live.push()
         finally:
+            live.close()
             for factor in self.factors:
                 factor.hold(None)
 

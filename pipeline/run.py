@@ -18,7 +18,7 @@ from bnn.methods import Method
 from utils.checkpoint import load_checkpoint
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder, checked
-from utils.data.example import TaskData
+from utils.data.example import DataError, TaskData
 from utils.data.model_limits import position_limit
 from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
@@ -104,6 +104,11 @@ def prepare(cfg: DictConfig) -> Run:
     method: Method = instantiate(cfg.method.factory, _convert_="all")
     with world.main_first():
         data, encoder, model = load(cfg, world)
+    if resumed is not None and resumed.get("data", data.digest) != data.digest:
+        raise ValueError(
+            f"{folder} was begun with other training or validation examples: bring those back, or set overwrite=true "
+            "to start afresh"
+        )
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     try:
         model = method.load(model, str(start)) if start is not None else method.adapt(model, plain(cfg.peft))
@@ -141,9 +146,14 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
     """Data, encoder and base model; the data is checked against the tokenizer before weights are read."""
     data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
     for name, settings in out_of_distribution(cfg, CONFIGS).items():
-        other = load_task(settings, cfg.paths.data_dir, cfg.seed)
-        data.ood[name] = other.test
-        data.notes.append(f"ood {name}: {len(other.test)} test examples")
+        test = load_task(settings, cfg.paths.data_dir, cfg.seed, at_most=True).test
+        own = {(e.prompt, e.choices) for e in (*data.train, *data.validation, *data.test)}
+        data.ood[name] = [e for e in test if (e.prompt, e.choices) not in own]
+        if not data.ood[name]:
+            raise DataError(f"eval.ood names {name}, whose test examples are the run's own: leave it out")
+        repeated = len(test) - len(data.ood[name])
+        note = f", without {repeated} that are among the run's own" if repeated else ""
+        data.notes.append(f"ood {name}: {len(data.ood[name])} test examples{note}")
     for note in data.notes:
         logger.info("data: %s", note)
     llm, tokenizer = model_settings(cfg), load_tokenizer(**tokenizer_settings(cfg))

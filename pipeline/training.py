@@ -83,7 +83,7 @@ def train(run: Run) -> int:
 def step_graphs(run: Run) -> StepGraphs | None:
     """CUDA graphs of training steps where ``train.graph_padding`` asks for them; None on a CPU."""
     multiple = run.cfg.train.graph_padding
-    if multiple is None or run.device.type != "cuda":
+    if multiple is None or run.device.type != "cuda" or not run.data.train:
         return None
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     most = max(len(example.choices) for example in run.data.train)
@@ -163,6 +163,7 @@ def save(run: Run, step: int) -> None:
         "best": run.best,
         "method": run.method.state(run.model),
         "fingerprint": fingerprint(run.cfg),
+        "data": run.data.digest,
     }
     save_checkpoint(run.folder, state)
 

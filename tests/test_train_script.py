@@ -1,5 +1,6 @@
 """The entry point from end to end, on a random two-layer model: what a run writes, repeats, resumes and refuses."""
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -302,6 +303,21 @@ def test_resuming_with_another_key_names_it_and_changes_nothing(tmp_path, overri
     assert_one_line(message)
     assert "opt.lr is 0.01 there and 0.5 now" in message
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_resuming_with_other_examples_is_refused(tmp_path, overrides, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(SystemExit):
+            ts.main(compose(overrides()))
+    file = tmp_path / "train.jsonl"
+    rows = file.read_text()
+    file.write_text("".join(rows.splitlines(keepends=True)[1:]))
+    message = failure(overrides("resume=true"))
+    assert_one_line(message)
+    assert "was begun with other training or validation examples" in message
+    file.write_text(rows)
+    execute(overrides("resume=true"))
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed_up(tmp_path, overrides):
@@ -845,6 +861,9 @@ def test_an_adapter_of_another_method_or_with_other_settings(tmp_path, overrides
     assert "train.init_adapter has inducing.prior_sd_b=0.9, which holds, not 1.4" in caplog.text
     assert "train.init_adapter has peft.r=2, which holds, not" in caplog.text
     assert "target_modules" not in caplog.text
+    for layers in (1, 3):
+        message = failure(overrides(*start, f"llm.architecture.num_hidden_layers={layers}", folder="deeper"))
+        assert "holds an adapter of another model: base_model.model.model.layers." in message
     for method in ("temperature", "mc_dropout", "blob"):
         message = failure(overrides(f"method={method}", *start, folder=method))
         assert "holds an adapter of type SGP_LORA, and this method takes LORA: choose another" in message
@@ -914,6 +933,28 @@ def test_other_data_sets_are_evaluated_as_out_of_distribution(tmp_path, override
     for key, measure in {"auroc_entropy": total, "auroc_mutual_information": epistemic}.items():
         expected = roc_auc_score([0] * 6 + [1] * 6, torch.cat([measure["test"], measure["ood_quiz"]]))
         assert outside[3][key] == pytest.approx(expected)
+
+
+def test_what_the_run_itself_has_is_not_out_of_distribution(overrides, monkeypatch):
+    """Another name for the same data, as WinoGrande's sizes; then data of which nothing is left; then some of it."""
+    known, real = {"examples": []}, pipeline.run.load_task
+
+    def load_task(settings: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        task = real(settings, *arguments, **keywords)
+        return dataclasses.replace(task, test=known["examples"]) if settings["name"] == "quiz" else task
+
+    monkeypatch.setattr(pipeline.run, "load_task", load_task)
+    data = prepare(compose(overrides(folder="without"))).data
+    asked = overrides("eval.ood=[quiz]", "dset.too_long=drop")
+    known["examples"] = [*data.test, *data.train]
+    assert "eval.ood names quiz, whose test examples are the run's own" in failure(asked)
+    other, long = (dataclasses.replace(data.test[0], prompt=text) for text in ("another", "long " * 1000))
+    known["examples"] = [long]
+    assert re.search(r"all 1 examples of ood quiz are longer than \d+ tokens", failure(asked))
+    known["examples"] = [*data.test, other, long]
+    left = prepare(compose(asked)).data
+    assert left.ood == {"quiz": [other]}
+    assert f"ood quiz: 2 test examples, without {len(data.test)} that are among the run's own" in left.notes
 
 
 @pytest.mark.parametrize(

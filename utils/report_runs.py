@@ -15,7 +15,7 @@ from yaml import YAMLError
 from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row
 from utils.report_scores import Prediction, running_log_probs
 from utils.run import METRICS_FILE, RELIABILITY_FILE, read_metrics
-from utils.settings import NOT_IN_TRAIN_FINGERPRINT
+from utils.settings import CHOOSES_BEST, NOT_IN_TRAIN_FINGERPRINT
 
 MODEL = (
     *("llm.name_or_path", "llm.revision", "llm.random_init", "llm.random_init_seed", "llm.architecture"),
@@ -31,9 +31,9 @@ BASE = (
 """Those that make a variant, and change the base model's predictions too."""
 VARIED = (
     *(*BASE, "method.factory", "peft", "opt", "train", "dset.train_file", "dset.validation_file"),
-    *("dset.validation_fraction", "dset.validation_subset", "eval.keep"),
+    *("dset.validation_fraction", "dset.validation_subset", "eval.keep", *(f"eval.{key}" for key in CHOOSES_BEST)),
 )
-"""Those that make a variant."""
+"""Those that make a variant; the last where they choose what is kept."""
 SAMPLES = "MC"
 """One more: the number of samples of the method's own prediction, whatever ``eval.n_mc`` is to a method without any."""
 NOT_VARIED = (*NOT_IN_TRAIN_FINGERPRINT, "_target_", "init_seed")
@@ -166,10 +166,13 @@ def _read_run(folder: Path) -> Run:
         steps = 0 if method == ZERO_SHOT else record["step"]
         mc = ZERO_SHOT if method == ZERO_SHOT else str(record["mc"])
         rows.append(Row(**shared, method=method, split=record["split"], mc=mc, steps=steps, **metrics))
+    made = OmegaConf.create(config)
+    chooses = OmegaConf.select(made, "eval.keep") == "best"
     settings = dict(
         pair
         for group in (*MODEL, *DATA, *VARIED)
-        for pair in _leaves(group, OmegaConf.select(OmegaConf.create(config), group))
+        if chooses or group.removeprefix("eval.") not in CHOOSES_BEST
+        for pair in _leaves(group, OmegaConf.select(made, group))
     )
     settings[SAMPLES] = next((row.mc for row in rows if row.mc.isdigit()), "mean")
     files = [folder / f"predictions_{r['split'].replace(':', '_')}_mc{r['mc']}.npz" for r in finals]

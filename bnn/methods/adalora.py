@@ -150,7 +150,10 @@ class AdaLoRA(Method):
         """
         config = _config(model)
         if step + 1 > config.total_step - config.tfinal and config.rank_pattern is None:
-            raise ValueError("method=adalora was resumed without the state of its pruning: start the run afresh")
+            raise ValueError(
+                "method=adalora does not know what its last pruning kept: that step was left out (train.on_nonfinite) "
+                "or the run resumed without its state; start afresh, with a lower opt.lr if a loss was not finite"
+            )
         _tuner(model).update_and_allocate(step + 1)
 
     def state(self, model: nn.Module) -> dict[str, Any]:

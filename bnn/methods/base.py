@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from bnn.predictive import predict
@@ -160,11 +162,18 @@ class Method:
 
 
 def of_type(loaded: PeftModel, peft_type: str, folder: str | Path) -> PeftModel:
-    """The model; raises ValueError where what was loaded is no adapter of this type."""
+    """The model; raises ValueError where what was loaded is no adapter of this type, or of a model of other layers."""
     kind = str(loaded.peft_type.value)
     if kind != peft_type:
         remedy = "bnn.bayesianize_ makes one of LoRA" if (kind, peft_type) == ("LORA", "SGP_LORA") else "choose another"
         raise ValueError(f"{folder} holds an adapter of type {kind}, and this method takes {peft_type}: {remedy}")
+    if (file := Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        with safe_open(str(file), "pt") as tensors:
+            saved = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  # no mapping
+        own = {name for name in get_peft_model_state_dict(loaded, save_embedding_layers=False) if ".lora_" in name}
+        if differing := sorted(saved ^ own):
+            where = "the file" if differing[0] in saved else "the model"
+            raise ValueError(f"{folder} holds an adapter of another model: {differing[0]} is in {where} alone")
     return loaded
 
 

@@ -126,7 +126,9 @@ class Laplace(MLE):
     ) -> tuple[Tensor, Tensor]:
         """``linearised`` of all batches, on the CPU: (N, C) and (K, N, C, C)."""
         matrices = lora_matrices(model, self.layers)
-        parts = [linearised(model, score, b, matrices, self.factors, precisions) for b in batches]
+        device = next(iter(matrices.values())).weight.device
+        factors = {name: Kronecker(*(t.to(device) for t in factor)) for name, factor in self.factors.items()}
+        parts = [linearised(model, score, b, matrices, factors, precisions) for b in batches]
         width = max(mean.shape[-1] for mean, _ in parts)
         gaps = [width - mean.shape[-1] for mean, _ in parts]
         mean = torch.cat([pad(m.cpu(), (0, g), value=-torch.inf) for (m, _), g in zip(parts, gaps, strict=True)])
@@ -190,8 +192,7 @@ class Laplace(MLE):
             record = json.loads(path.read_text())
             if record["layers"] != self.layers:
                 raise ValueError(f"the saved curvature has layers={record['layers']}, not {self.layers}: set it so")
-            device = next(adapted.parameters()).device
-            tensors = load_file(str(Path(folder) / "laplace.safetensors"), device=str(device))
+            tensors = load_file(str(Path(folder) / "laplace.safetensors"))
             for name in {key.split("|")[0] for key in tensors}:
                 self.factors[name] = Kronecker(*(tensors[f"{name}|{field}"] for field in Kronecker._fields))
             self.precision = record["precision"]

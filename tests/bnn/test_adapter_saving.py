@@ -120,3 +120,13 @@ def test_a_merged_tied_model_survives_its_own_saving(make_llama, make_adapted, i
     loaded = type(merged).from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_file_in_half_precision_is_read_into_float32(low_cpu_mem_usage, make_llama, make_adapted, ids, tmp_path):
+    make_adapted().save_pretrained(tmp_path, save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: t.to(torch.bfloat16) for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {t.dtype for f in active_factors(loaded) for t in f.own_tensors().values()} == {torch.float32}
+    assert all(torch.isfinite(logits).all() for logits in outputs(loaded, ids))

@@ -1,5 +1,7 @@
 """Draws of a whole model: tiling, reproducibility, contexts, checkpointing, mixed precision."""
 
+import copy
+
 import pytest
 import torch
 from bnn_cases import FAMILIES, draw_alone, flat_noise, seeded
@@ -207,3 +209,64 @@ def test_the_mean_is_never_stale_after_an_optimizer_step_or_a_load(make_adapted,
     torch.testing.assert_close(stepped, logits_of(lora, ids), rtol=0, atol=1e-5)
     model.load_state_dict(start)
     assert torch.equal(logits_of(model, ids), first)
+
+
+def test_autocast_changes_neither_draws_nor_mean_nor_gradients(make_adapted, ids):
+    """Factorisations stay in float32; a mean computed inside is what is used, and merged, outside."""
+    model = make_adapted()
+    factors = active_factors(model)
+
+    def gradients(autocast: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), bnn.sample(model, 2, seeded()) as live:
+            (sum(f.weight.square().sum() for f in factors) + live.kl()).backward()
+        of = [f.Z_c.grad for f in factors]
+        model.zero_grad()
+        return of
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        means = [f.mean_weight() for f in factors]
+        with bnn.sample(model, 2, seeded()):
+            draws = [f.weight for f in factors]
+    for factor, mean in zip(factors, means, strict=True):
+        factor.train()  # forgets the mean
+        assert torch.equal(factor.mean_weight().detach(), mean)
+    with torch.no_grad(), bnn.sample(model, 2, seeded()):
+        assert all(torch.equal(f.weight, draw) for f, draw in zip(factors, draws, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_backward_after_a_context_that_an_error_ended_is_refused(make_adapted, ids):
+    model, losses = make_adapted(), []
+
+    def fail() -> None:
+        with bnn.sample(model):
+            losses.append(loss_of(model, ids))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with pytest.raises(RuntimeError, match=r"backward after bnn\.sample has ended"):
+        losses[0].backward()
+
+
+def test_a_copy_of_a_trained_model_is_drawn_from_like_any(make_adapted, ids):
+    model = make_adapted()
+    bnn.Sampler(model, own=True)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        with bnn.sample(one, 1, seeded()):
+            loss_of(one, ids).backward()
+    pairs = list(zip(active_factors(model), active_factors(twin), strict=True))
+    with torch.no_grad():
+        assert all(torch.equal(a.mean_weight(), b.mean_weight()) for a, b in pairs)
+        pairs[0][0].Z_c.zero_()
+    assert all(b.Z_c.grad.any() and b.Z_c.any() for _, b in pairs)
+
+
+def test_draws_follow_the_model_to_another_dtype(make_llama, make_adapted, ids):
+    model = make_adapted(make_llama().to(torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with torch.no_grad(), bnn.sample(model, 1, seeded()):
+            assert {f.weight.dtype for f in active_factors(model)} == {dtype}
+            assert {f.Z_c.dtype for f in active_factors(model)} == {torch.float32}

@@ -16,6 +16,13 @@ def test_a_cpu_has_no_graphs(command):
     assert step_graphs(run) is None
 
 
+def test_no_training_data_have_no_graphs(command):
+    """As where a GPU only evaluates with the configuration of a run that trained."""
+    run = prepare(compose(CONFIGS, command("train.graph_padding=32", "device=cpu", "dset.train_file=null")))
+    run.device = torch.device("cuda")
+    assert step_graphs(run) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_with_and_without_graphs(command, tmp_path, name, monkeypatch):

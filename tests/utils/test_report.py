@@ -208,6 +208,14 @@ def test_variants_differ_in_what_changes_a_result_within_a_task(tmp_path):
     assert labels == {"zero_shot", "mle [test_subset=None]", "mle [test_subset=100]"}
 
 
+def test_what_chose_the_adapter_tells_runs_apart_where_the_best_is_kept(tmp_path):
+    for keep, labels in (("last", {"mle"}), ("best", {"mle [every=epoch]", "mle [every=5]"})):
+        for seed, every in enumerate(("epoch", 5)):
+            folder = write_run(tmp_path / keep / str(seed), seed=seed)
+            changed_config(folder, {"eval.keep": keep, "eval.every": every})
+        assert {row.label for row in collect([tmp_path / keep])[0]} == {"zero_shot", *labels}
+
+
 @pytest.mark.parametrize(
     ("key", "first", "second", "model", "task"),
     [

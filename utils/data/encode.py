@@ -167,13 +167,13 @@ def checked(data: TaskData, encoder: Encoder, limit: int | None) -> TaskData:
     Raises:
         DataError: where nothing is left of a split.
     """
-    before = {"train": data.train, "validation": data.validation, "test": data.test}
-    train, validation, test = after = [encoder.check(split, limit) for split in before.values()]
+    ood = {f"ood {name}": examples for name, examples in data.ood.items()}
+    before = {"train": data.train, "validation": data.validation, "test": data.test} | ood
+    train, validation, test, *others = after = [encoder.check(split, limit) for split in before.values()]
     for (name, split), left in zip(before.items(), after, strict=True):
         if split and not left:
             raise DataError(
                 f"all {len(split)} examples of {name} are longer than {limit or encoder.max_length} tokens: raise "
                 "dset.max_length, or take a model that reads more"
             )
-    ood = {name: encoder.check(examples, limit) for name, examples in data.ood.items()}
-    return replace(data, train=train, validation=validation, test=test, ood=ood)
+    return replace(data, train=train, validation=validation, test=test, ood=dict(zip(data.ood, others, strict=True)))

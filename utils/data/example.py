@@ -1,8 +1,10 @@
 """The data types every part of the data code shares: questions, examples, a task's splits."""
 
 import difflib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 class DataError(ValueError):
@@ -84,3 +86,8 @@ class TaskData:
     test: list[Example]
     ood: dict[str, list[Example]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is trained on and chosen by, as prompts and choices."""
+        return hashlib.sha256(repr((self.train, self.validation)).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Where rows come from: JSON lines under the data folder, else the Hugging Face hub."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -42,10 +43,18 @@ def read_jsonl(file: Path) -> Rows:
                 raise DataError(f"{file}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{file}:{number}: not valid JSON ({error.msg})") from error
+            if b"\\u" in line and (half := _lone_surrogate(row)):
+                raise DataError(f"{file}:{number}: {half} is half of a character, which is no text: correct the line")
             if not isinstance(row, dict):
                 raise DataError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}")
             located.append((f"{file}:{number}", row))
     return Rows(located, str(file))
+
+
+def _lone_surrogate(row: Any) -> str:
+    """The first in any text of a row, as JSON has it, or nothing."""
+    found = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
+    return f"\\u{ord(found[0]):x}" if found else ""
 
 
 def parse_rows(rows: Rows, parser: Parser, split: str, classes: int) -> list[Question]:

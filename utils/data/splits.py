@@ -108,8 +108,8 @@ def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[li
         chosen.update(groups[group_of[i]])
     if len(chosen) == len(questions):
         raise DataError(
-            f"train has {len(questions)} questions from {len(groups)} sources, too few to carve a validation split; "
-            "add a file"
+            f"train has {len(questions)} questions from {len(groups)} sources, of which a validation split with "
+            f"dset.validation_fraction={fraction} would take all: lower it, or add a file"
         )
     rest = [question for i, question in enumerate(questions) if i not in chosen]
     return rest, [question for i, question in enumerate(questions) if i in chosen]

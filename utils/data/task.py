@@ -68,13 +68,14 @@ class TaskConfig:
         return config
 
 
-def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int) -> TaskData:
+def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most: bool = False) -> TaskData:
     """Load a task.
 
     Args:
         dset: The keys of `TaskConfig` as plain values.
         data_dir: Folder looked in before the hub (`<data_dir>/<path>/<config>/<split>.jsonl`).
         seed: Seed of carved splits and of subsets.
+        at_most: Take all of a test split that is smaller than `test_subset`, which is then another data set's.
 
     Returns:
         Disjoint splits: questions of test and of the out-of-distribution sets are removed from validation
@@ -101,13 +102,21 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int) -> TaskD
             f"every training question of {config.name} is one of another split too, so none is left: correct the "
             "files, or name no training split (null) to evaluate only"
         )
+    if splits.validation and not validation:
+        raise DataError(
+            f"every validation question of {config.name} is one of test too, so none is left: correct the files, or "
+            "name no validation split (null), for one that is carved from train"
+        )
     if any(repeated):
         notes.append(f"removed as repeats of another split: {repeated[0]} from validation, {repeated[1]} from train")
+    test_size = config.test_subset
+    if at_most and test_size is not None:
+        test_size = min(test_size, len(splits.test))
     return TaskData(
         name=config.name,
         train=_render(subset(train, config.train_subset, seed, "dset.train_subset"), config),
         validation=_render(subset(validation, config.validation_subset, seed, "dset.validation_subset"), config),
-        test=_render(subset(splits.test, config.test_subset, seed, "dset.test_subset"), config),
+        test=_render(subset(splits.test, test_size, seed, "dset.test_subset"), config),
         ood={name: _render(questions, config) for name, questions in ood_questions.items()},
         notes=notes,
     )

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,6 +74,10 @@ def load_compared(location: str, objectives: Sequence[str]) -> Study:
     if len(names) != 1:
         raise ValueError(f"search.compare={location} holds {len(names)} studies: expected one")
     study = optuna.load_study(study_name=names[0], storage=storage)
+    if FINGERPRINT not in study.user_attrs:
+        raise ValueError(
+            f"search.compare={location} holds a study that no search here made: name that of another search"
+        )
     if (others := study.user_attrs[FINGERPRINT]["search.objectives"]) != list(objectives):
         raise ValueError(f"search.compare={location} has the objectives {others}, this search {list(objectives)}")
     if not points_of(study):
@@ -88,6 +92,13 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name = folder, uuid.uuid4().hex
         self._lock = try_lock(folder / self.name)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the others waiting: databases are made by one process at a time."""
+        with (self.folder / "opening").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def close(self) -> None:
         """Leave the study."""

@@ -259,6 +259,14 @@ def test_saved_and_loaded_predicts_the_same(model, ids, make_llama, tmp_path):
         method("last").load(make_llama(), tmp_path)
 
 
+def test_a_curvature_loads_before_its_model_has_weights(model, ids, make_llama, tmp_path):
+    """As in the processes that are handed sharded weights later."""
+    fitted(model, ids).save(model, tmp_path)
+    other = method()
+    other.load(make_llama().to("meta"), tmp_path)
+    assert {t.device.type for factor in other.factors.values() for t in factor} == {"cpu"}
+
+
 def test_mistakes_are_named(model, ids):
     with pytest.raises(ValueError, match="no curvature yet"):
         predict(method(), model, [batch_of(ids)], 2)

@@ -100,7 +100,9 @@ def test_a_carve_of_single_questions_is_a_seeded_draw():
 
 def test_a_carve_needs_more_than_one_source():
     questions = [Question(str(i), {}, (), 0, group="one") for i in range(10)]
-    with pytest.raises(DataError, match="10 questions from 1 sources, too few to carve"):
+    with pytest.raises(
+        DataError, match=r"10 questions from 1 sources, .*dset.validation_fraction=0.3 would take all: lower it"
+    ):
         carve(questions, 0.3, seed=0)
 
 
@@ -225,6 +227,35 @@ def test_user_files(write_rows):
     assert task.test[0].category == "c"
     evaluation = load_task(dset("jsonl", test_file=str(test)), ".", seed=0)
     assert (evaluation.train, len(evaluation.test)) == ([], 2)
+
+
+def test_a_text_with_half_a_character_is_named_by_file_and_line(write_rows, tmp_path):
+    row = {"question": "smile \U0001f600", "choices": ["a", "b"], "answer": 0}
+    file = write_rows("whole.jsonl", [row, row])
+    assert load_task(dset("jsonl", test_file=str(file)), tmp_path, seed=0).test[0].prompt.count("\U0001f600") == 1
+    file = write_rows("half.jsonl", [row, row | {"question": "cut \ud83d"}])
+    with pytest.raises(DataError, match=r"half.jsonl:2: \\ud83d is half of a character"):
+        load_task(dset("jsonl", test_file=str(file)), tmp_path, seed=0)
+
+
+def test_validation_that_test_repeats_as_a_whole_is_refused(full, write_rows):
+    write_rows("glue/sst2/validation.jsonl", sst2(60, 70))
+    with pytest.raises(DataError, match="every validation question of sst2 is one of test too"):
+        load_task(dset("sst2"), full, seed=0)
+
+
+def test_rows_with_an_empty_group_are_alone(write_rows, tmp_path):
+    rows = [{"question": f"q{i}", "choices": ["a", "b"], "answer": 0, "group": ""} for i in range(10)]
+    files = {"train_file": str(write_rows("t.jsonl", rows[:8])), "test_file": str(write_rows("e.jsonl", rows[8:]))}
+    task = load_task(dset("jsonl", **files, validation_fraction=0.25), tmp_path, seed=0)
+    assert (len(task.train), len(task.validation)) == (6, 2)
+
+
+def test_a_subset_of_another_data_set_is_at_most_all_of_it(full):
+    assert len(load_task(dset("sst2", test_subset=15), full, seed=0, at_most=True).test) == 15
+    assert len(load_task(dset("sst2", test_subset=25), full, seed=0, at_most=True).test) == 20
+    with pytest.raises(DataError, match="test_subset is 25, but 20 questions are available"):
+        load_task(dset("sst2", test_subset=25), full, seed=0)
 
 
 def test_user_files_missing_or_unset(tmp_path):

@@ -1,5 +1,6 @@
 """The study: seeds by number, resumption, dead processes, budget, failures."""
 
+import threading
 from pathlib import Path
 
 import optuna
@@ -194,6 +195,31 @@ def test_a_compared_study_must_exist_and_have_the_same_objectives(tmp_path):
     with pytest.raises(ValueError, match=r"has the objectives \['acc', 'ece'\], this search \['nll'\]"):
         load_compared(str(tmp_path / "journal.log"), ["nll"])
     assert load_compared(str(tmp_path / "journal.log"), OBJECTIVES).study_name == "s"
+
+
+def test_a_compared_study_that_no_search_made_is_refused(tmp_path):
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/own.db", study_name="own", directions=["minimize"])
+    with pytest.raises(ValueError, match="holds a study that no search here made"):
+        load_compared(f"sqlite:///{tmp_path}/own.db", OBJECTIVES)
+
+
+def test_processes_open_a_new_database_one_after_another(tmp_path):
+    """Two that make its tables at once fail: the second waits until the first has left ``alone``."""
+    first, second, order = Worker(tmp_path / "w"), Worker(tmp_path / "w"), []
+
+    def enter() -> None:
+        with second.alone():
+            order.append("second")
+
+    thread = threading.Thread(target=enter)
+    with first.alone():
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    for worker in (first, second):
+        worker.close()
 
 
 def test_an_optuna_url_is_a_storage_too(tmp_path):
