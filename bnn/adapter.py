@@ -148,6 +148,11 @@ class SGPLoraModel(LoraModel):
             self._refuse_live_sample("a mixed batch (adapter_names), whose rows cannot be told from draws")
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not in ``bnn.sample``, whose draws are of the adapters that were active."""
+        self._refuse_live_sample("making another adapter active")
+        super().set_adapter(*args, **kwargs)
+
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge the posterior mean; quantised layers round it and a warning says how much. Not in ``bnn.sample``.
 

@@ -118,6 +118,11 @@ class InducingFactor(nn.Module):
             own |= {f"{FLOW_PREFIX}{name}": t for name, t in self.flow.named_buffers()}
         return own
 
+    @property
+    def learned(self) -> frozenset[str]:
+        """Names of the own tensors that are to be trained."""
+        return frozenset(name for name, t in self.own_tensors().items() if t.requires_grad)
+
     def view_stack(self, leaves: dict[str, Tensor], i: int) -> None:
         """Make every own tensor a view of row ``i`` of ``leaves``, which hold the same values."""
         for name, t in self.own_tensors().items():
@@ -142,19 +147,19 @@ class InducingFactor(nn.Module):
     def mean_weight(self) -> Tensor:
         """Posterior mean (d_out, d_in); when no gradient is wanted, cached until a tensor it depends on may change.
 
-        Tensors' version counters tell most changes; fused optimisers do not raise them, so drawing, ``train()`` and
-        ``eval()`` clear the cache too.
+        Tensors' version counters tell most changes; fused optimisers and writing to ``.data`` do not raise them, so
+        drawing, ``train()`` and ``eval()`` clear the cache too. Tensors made in inference mode have none: no cache.
         """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._mean = None
             with without_autocast(self.W_unit.device):
                 return posterior.mean(self.spec, _stack_one(self.tensors()), self.flow)[0]
-        key = [
-            (t.data_ptr(), t._version) for t in (*self._parameters.values(), *self._buffers.values()) if t is not None
-        ]
-        key += [(t.data_ptr(), t._version) for t in (() if self.flow is None else self.flow.parameters())]
-        key += [(t.data_ptr(), t._version) for t in (() if self._stack is None else self._stack[0].values())]
-        if self._mean is None or self._mean[0] != key:
+        behind = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        behind += () if self.flow is None else self.flow.parameters()
+        behind += () if self._stack is None else self._stack[0].values()
+        counted = not any(t.is_inference() for t in behind)
+        key = [(t.data_ptr(), t._version) for t in behind] if counted else []
+        if self._mean is None or self._mean[0] != key or not counted:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
                 self._mean = (key, posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0])
         return self._mean[1]

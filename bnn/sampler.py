@@ -7,6 +7,7 @@ waits for the device.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +87,15 @@ def active_factors(model: nn.Module) -> list[InducingFactor]:
     return factors
 
 
-Kind = tuple[FactorSpec, torch.device, torch.dtype]
-"""Structure, device and compute dtype of a factor."""
+Kind = tuple[FactorSpec, torch.device, torch.dtype, frozenset[str]]
+"""Structure, device and compute dtype of a factor, and which of its tensors are trained."""
 
 
 def group_by_kind(factors: list[InducingFactor]) -> dict[Kind, list[InducingFactor]]:
     """Factors that can be stacked: of one kind. The order is that of first appearance."""
     groups: dict[Kind, list[InducingFactor]] = defaultdict(list)
     for factor in factors:
-        groups[factor.spec, factor.W_unit.device, factor.compute_dtype].append(factor)
+        groups[factor.spec, factor.W_unit.device, factor.compute_dtype, factor.learned].append(factor)
     return dict(groups)
 
 
@@ -113,7 +114,8 @@ class Sampler:
     def __init__(self, model: nn.Module, own: bool = False, cuda_graph: bool = False) -> None:
         self.factors = active_factors(model)
         self.stacks = [FactorStack(group) for group in group_by_kind(self.factors).values()]
-        self._layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+        self._layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+        self._active = self._adapters()
         devices = {stack.device for stack in self.stacks}
         self._graph = SamplerGraph() if own and cuda_graph and len(devices) == 1 else None
         if own:
@@ -124,11 +126,16 @@ class Sampler:
         """The stacked parameters, each with its name in a factor; only of a Sampler that owns them."""
         return [named for stack in self.stacks for named in stack.own().items()]
 
+    def _adapters(self) -> list[list[str]]:
+        return [list(layer.active_adapters) for layer in self._layers]
+
     @contextmanager
     def draw(self, n: int = 1, generator: Source = None) -> Iterator[LiveSample]:
         """See ``bnn.sample``."""
         if n < 1:
             raise ValueError(f"the number of posterior samples must be at least 1, got {n}")
+        if self._active != self._adapters():
+            raise ValueError("another adapter was made active after this Sampler was made: make it anew")
         if any(layer.merged_adapters for layer in self._layers):
             raise ValueError("the adapter is merged, so there is nothing to draw: call unmerge_adapter first")
         if any(factor.has_sample for factor in self.factors):
@@ -176,7 +183,8 @@ def draw_stacks(stacks: list[FactorStack], tensors: list[dict[str, Tensor]], noi
 def sample(model: nn.Module, n: int = 1, generator: Source = None) -> AbstractContextManager[LiveSample]:
     """Hold ``n`` posterior draws of every active factor while the context is open.
 
-    Inside, a batch of n*B rows uses draw i for rows i*B to (i+1)*B (with n = 1, one draw for every row). The draws
+    Inside, a batch of n*B rows uses draw i for rows i*B to (i+1)*B (with n = 1, one draw for every row); that is the
+    first dimension of what every adapted layer sees, so no time-major model and no chosen tokens of an expert. Draws
     are made here and nowhere else, so recomputation under gradient checkpointing sees them again. Run backward before
     the context ends: the parameters receive their gradients when it ends. Draw anew for every micro-batch. Noise is
     drawn sample by sample, so n draws at once are the same as n draws of one, and results do not depend on how

@@ -719,6 +719,8 @@ def assert_one_line(message: str) -> None:
         ("method.factory.scale_lr_factor=-5", "needs a finite scale_lr_factor > 0, got -5"),
         ("opt.lr=inf", "opt.lr=inf: expected a finite number above 0"),
         ("opt.betas=0.9", r"opt.betas=0.9: expected a list such as \[0.9,0.999\]"),
+        ("+peft.bias=all", "peft.bias=all changes the base model, which is to be evaluated: set eval.zero_shot=false"),
+        ("+peft.init_lora_weights=pissa", "peft.init_lora_weights=pissa changes the base model"),
         ("peft.r=0", "peft.r=0: expected a whole number, at least 1"),
         ("peft.r=abc", "peft.r=abc: expected a whole number"),
         ("peft.lora_dropout=2", r"peft.lora_dropout=2: expected a number in \[0, 1\]"),

@@ -18,6 +18,8 @@ from utils.data.example import near_matches
 from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, want_of_memory
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
+BASE_KEPT = ("gaussian", "orthogonal", "eva")
+"""Names of PEFT's starts of an adapter that leave the base's weights as they are."""
 CHOOSES_BEST = ("every", "every_n_mc", "split")
 """Keys of ``eval`` that decide which adapter ``eval.keep=best`` keeps."""
 NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
@@ -104,6 +106,12 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not (isinstance(value, ListConfig) and all(isinstance(entry, str) for entry in value)):
             raise ValueError(f"{key}={value}: expected a list such as {example}")
+    changes = {"peft.bias": ("none",), "peft.init_lora_weights": BASE_KEPT}
+    for key, harmless in changes.items() if cfg.eval.zero_shot else ():
+        if isinstance(value := OmegaConf.select(cfg, key), str) and value not in harmless:
+            raise ValueError(
+                f"{key}={value} changes the base model, which is to be evaluated: set eval.zero_shot=false"
+            )
     if cfg.train.fsdp and cfg.train.graph_padding is not None:
         raise ValueError(f"train.graph_padding={cfg.train.graph_padding} and train.fsdp=true exclude each other")
     if cfg.train.fsdp and cfg.train.compile:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from bnn.methods.base import Method, PointEstimate, Schedule, check_targets
 
+IGNORED = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+"""Arguments of LoRA that PEFT's AdaLoRA takes and does not use."""
+
 
 class AdaLoRA(Method):
     """Maximum likelihood of W + (alpha / r_0) P Lambda Q (Eq. 3) with pruned singular values Lambda and r_0 >= r.
@@ -66,9 +69,11 @@ class AdaLoRA(Method):
         """See ``Method.adapt``. PEFT wants a number of steps at once: ``start`` puts in the true one.
 
         Raises:
-            ValueError: for an initial rank that is not greater than r.
+            ValueError: for an initial rank that is not greater than r, and for what PEFT's AdaLoRA would ignore.
         """
         check_targets(model, lora["target_modules"])
+        if ignored := [key for key in IGNORED if lora.get(key)]:
+            raise ValueError(f"method=adalora ignores peft.{ignored[0]}={lora[ignored[0]]}: leave it out")
         r = lora["r"]
         init_r = round(self.init_rank_factor * r)
         if init_r <= r:

@@ -167,14 +167,20 @@ def of_type(loaded: PeftModel, peft_type: str, folder: str | Path) -> PeftModel:
     if kind != peft_type:
         remedy = "bnn.bayesianize_ makes one of LoRA" if (kind, peft_type) == ("LORA", "SGP_LORA") else "choose another"
         raise ValueError(f"{folder} holds an adapter of type {kind}, and this method takes {peft_type}: {remedy}")
+    check_layers(loaded, folder)
+    return loaded
+
+
+def check_layers(loaded: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Raise ValueError where the file of an adapter that was loaded is one of a model of other layers."""
     if (file := Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
         with safe_open(str(file), "pt") as tensors:
             saved = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118  # no mapping
-        own = {name for name in get_peft_model_state_dict(loaded, save_embedding_layers=False) if ".lora_" in name}
+        state = get_peft_model_state_dict(loaded, adapter_name=adapter_name, save_embedding_layers=False)
+        own = {name for name in state if ".lora_" in name}
         if differing := sorted(saved ^ own):
             where = "the file" if differing[0] in saved else "the model"
             raise ValueError(f"{folder} holds an adapter of another model: {differing[0]} is in {where} alone")
-    return loaded
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

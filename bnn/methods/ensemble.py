@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bnn.methods.base import Method, check_targets
+from bnn.methods.base import Method, check_layers, check_targets
 
 CONFIG = "adapter_config.json"
 """The file by which PEFT knows an adapter's folder."""
@@ -49,7 +49,7 @@ class Ensemble(Method):
 
         Raises:
             FileNotFoundError: naming the members that are missing.
-            ValueError: if the folder holds more members than the method has.
+            ValueError: if the folder holds more members than the method has, or those of a model of other layers.
         """
         folder = Path(folder)
         missing = [name for name in self.names if not (folder / name / CONFIG).is_file()]
@@ -68,6 +68,8 @@ class Ensemble(Method):
         loaded = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first, is_trainable=True)  # type: ignore[arg-type]
         for name in others:
             loaded.load_adapter(str(folder / name), name, is_trainable=True)
+        for name in self.names:
+            check_layers(loaded, folder / name, name)
         self._activate(loaded, first)
         return loaded
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from bnn.lora import check_plain
 from bnn.methods.base import FitData, Schedule, Score
 from bnn.methods.laplace_curvature import Kronecker, check_width, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised
@@ -73,8 +75,16 @@ class Laplace(MLE):
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """See ``Method.adapt``; raises ValueError for what is too wide to be fitted, before anything is trained."""
         adapted = super().adapt(model, lora)
-        check_width(lora_matrices(adapted, self.layers), self.max_dim)
+        self._check(adapted)
         return adapted
+
+    def _check(self, adapted: PeftModel) -> None:
+        """Raise ValueError for a variant of LoRA, whose derivatives are others, and for what is too wide."""
+        for path, layer in adapted.named_modules():
+            if isinstance(layer, LoraLayer):
+                for name in layer.active_adapters:
+                    check_plain(layer, name, path, "method=laplace")
+        check_width(lora_matrices(adapted, self.layers), self.max_dim)
 
     def start(self, model: nn.Module, schedule: Schedule) -> None:
         """See ``Method.start``; a curvature that was loaded is forgotten where the adapter is about to change."""
@@ -185,7 +195,7 @@ class Laplace(MLE):
             ValueError: where the curvature is of other layers, or a layer is too wide.
         """
         adapted = super().load(model, folder)
-        check_width(lora_matrices(adapted, self.layers), self.max_dim)
+        self._check(adapted)
         self.factors, self.precision = {}, self.prior_precision
         path = Path(folder) / "laplace.json"
         if path.exists():

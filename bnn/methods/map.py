@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnn.methods.base import trainable
 from bnn.methods.mle import MLE
 
 
@@ -29,7 +30,7 @@ class MAP(MLE):
         self.weight_decay = weight_decay
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """A and B at ``lr`` with the method's own decay.
+        """A and B at ``lr`` with the method's own decay, what else PEFT trains (biases, whole modules) without any.
 
         Raises:
             ValueError: for an optimiser's weight decay, which would be a second prior, and for a decay that is lost in
@@ -45,4 +46,9 @@ class MAP(MLE):
                 f"method=map: weight_decay={self.weight_decay} times opt.lr={lr} is lost in float32's rounding, which "
                 "would be method=mle: raise weight_decay"
             )
-        return super().parameter_groups(model, lr, self.weight_decay)
+        A_B, others = ([p for n, p in trainable(model) if (".lora_" in n) == of] for of in (True, False))
+        groups = [
+            {"params": A_B, "lr": lr, "weight_decay": self.weight_decay},
+            {"params": others, "lr": lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]

@@ -128,6 +128,25 @@ def two_adapters(make_adapted, make_llama):
     return both.eval(), first, second
 
 
+def test_adapters_are_not_switched_under_draws(two_adapters, ids):
+    """Neither inside a context nor between two of one Sampler, whose factors are those of before."""
+    both, *_ = two_adapters
+    names = list(both.peft_config)
+    both.set_adapter(names[0])
+    sampler = bnn.Sampler(both)
+    with sampler.draw(1), pytest.raises(ValueError, match=r"leave bnn\.sample before making another adapter active"):
+        both.set_adapter(names[1])
+    both.set_adapter(names[1])
+    with (
+        pytest.raises(ValueError, match="another adapter was made active after this Sampler was made"),
+        sampler.draw(1),
+    ):
+        pass
+    both.set_adapter(names[0])
+    with sampler.draw(1):
+        pass
+
+
 def test_set_adapter_switches_mean_and_draws(two_adapters, ids):
     both, *singles = two_adapters
     for name, single in zip(("first", "second"), singles, strict=True):

@@ -130,3 +130,14 @@ def test_a_file_in_half_precision_is_read_into_float32(low_cpu_mem_usage, make_l
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert {t.dtype for f in active_factors(loaded) for t in f.own_tensors().values()} == {torch.float32}
     assert all(torch.isfinite(logits).all() for logits in outputs(loaded, ids))
+
+
+def test_a_model_loaded_in_inference_mode_computes(make_llama, make_adapted, ids, tmp_path):
+    model = make_adapted()
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(make_llama(), tmp_path).eval()
+        before = loaded(input_ids=ids).logits
+        torch.testing.assert_close(before, outputs(model, ids)[0], rtol=0, atol=2e-5)
+        active_factors(loaded)[0].W_unit.mul_(3)
+        assert not torch.equal(loaded(input_ids=ids).logits, before), "nothing is cached of what has no version"

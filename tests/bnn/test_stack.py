@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import bnn
+from bnn.layers import InducingFactor
 from bnn.sampler import Sampler, active_factors
 
 
@@ -163,3 +164,21 @@ def test_antithetic_draws_mirror_earlier_ones_across_contexts(make_adapted):
     torch.testing.assert_close(draws(1, 2, 1), W, rtol=0, atol=1e-7)
     torch.testing.assert_close(draws(3, 1, ahead=2), W[[0, 2, 1, 3]], rtol=0, atol=1e-7)
     torch.testing.assert_close(draws(8, ahead=2)[4:], draws(8)[[4, 6, 5, 7]], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_is_frozen_stays_so_when_stacked(layer, make_adapted):
+    """Whichever factor comes first: those of one layer are frozen, those of the other are trained."""
+    model = make_adapted()
+    factors = [(f".{layer}." in name, m) for name, m in model.named_modules() if isinstance(m, InducingFactor)]
+    for is_frozen, factor in factors:
+        factor.requires_grad_(not is_frozen)
+    before = [factor.Z_c.detach().clone() for _, factor in factors]
+    sampler = Sampler(model, own=True)
+    optimizer = torch.optim.SGD([p for _, p in sampler.parameters()], lr=0.1)
+    with sampler.draw(1, seeded()):
+        torch.stack([factor.weight.square().sum() for _, factor in factors]).sum().backward()
+    optimizer.step()
+    assert sum(is_frozen for is_frozen, _ in factors) == len(factors) // 2
+    for (is_frozen, factor), old in zip(factors, before, strict=True):
+        assert torch.equal(factor.Z_c, old) == is_frozen

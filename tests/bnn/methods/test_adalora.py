@@ -184,6 +184,8 @@ def test_refusals(make_llama, ids, tmp_path):
         adalora(orthogonality=-1)
     with pytest.raises(ValueError, match=r"round\(1.1 \* 4\) must exceed r=4"):
         adapted(make_llama, adalora(init_rank_factor=1.1))
+    with pytest.raises(ValueError, match=r"method=adalora ignores peft\.use_rslora=True: leave it out"):
+        adalora().adapt(make_llama(), LORA | {"use_rslora": True})
     method, model, optimizer = started(make_llama)
     with pytest.raises(ValueError, match="does not know what its last pruning kept: that step was left out"):
         run(method, model, optimizer, ids, [STEPS - 1])

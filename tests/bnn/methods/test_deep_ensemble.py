@@ -155,6 +155,10 @@ def test_an_incomplete_or_larger_ensemble_is_refused(trained, make_llama, tmp_pa
         Ensemble(2).load(make_llama(), tmp_path / "whole")
     with pytest.raises(FileNotFoundError, match=r"lacks member3, member4 of an ensemble with members=5"):
         Ensemble(5).load(make_llama(), tmp_path / "whole")
+    shallow = make_llama()
+    shallow.model.layers = shallow.model.layers[:1]
+    with pytest.raises(ValueError, match=r"member0 holds an adapter of another model: .*layers\.1\..* the file alone"):
+        Ensemble(K).load(shallow, tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / "member1")
     with pytest.raises(FileNotFoundError, match=r"lacks member1 of"):
         Ensemble(K).load(make_llama(), tmp_path / "whole")

@@ -9,6 +9,7 @@ from bnn.methods.base import FitData, Schedule
 from bnn.methods.laplace import Laplace
 from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised, log_evidence
+from bnn.methods.mle import MLE
 from bnn.metrics import nll
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -265,6 +266,15 @@ def test_a_curvature_loads_before_its_model_has_weights(model, ids, make_llama, 
     other = method()
     other.load(make_llama().to("meta"), tmp_path)
     assert {t.device.type for factor in other.factors.values() for t in factor} == {"cpu"}
+
+
+def test_a_variant_of_lora_is_refused(make_llama, tmp_path):
+    """DoRA's norm is detached, so that what autograd gives is not the derivative of the scores."""
+    with pytest.raises(ValueError, match="method=laplace needs plain LoRA, but target"):
+        method().adapt(make_llama(), LORA | {"use_dora": True})
+    MLE().save(MLE().adapt(make_llama(), LORA | {"use_dora": True}), tmp_path)
+    with pytest.raises(ValueError, match="method=laplace needs plain LoRA, but target"):
+        method().load(make_llama(), tmp_path)
 
 
 def test_mistakes_are_named(model, ids):

@@ -86,3 +86,16 @@ def test_a_decay_that_rounding_would_swallow_is_refused(make_llama):
     with pytest.raises(ValueError, match="lost in float32's rounding"):
         MAP(1e-5).parameter_groups(adapted(make_llama), lr=1e-4, weight_decay=0.0)
     MAP(1e-2).parameter_groups(adapted(make_llama), lr=1e-4, weight_decay=0.0)
+
+
+def test_what_is_no_adapter_is_not_decayed(make_llama):
+    """The prior is one of A and B: a head that is trained as a whole and biases keep their size without a gradient."""
+    method = MAP(1.0)
+    model = method.adapt(make_llama(), LORA | {"modules_to_save": ["lm_head"]})
+    decayed, others = method.parameter_groups(model, 1e-3, 0.0)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (1.0, 0.0)
+    named = dict(trainable(model))
+    adapter = {name for name in named if ".lora_" in name}
+    assert {id(p) for p in decayed["params"]} == {id(named[name]) for name in adapter}
+    assert {id(p) for p in others["params"]} == {id(named[name]) for name in named.keys() - adapter}
+    assert len(named) > len(adapter)
