@@ -145,9 +145,9 @@ def report_held(cfg: DictConfig, model: Any) -> None:
 def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
     """Data, encoder and base model; the data is checked against the tokenizer before weights are read."""
     data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
+    own = {(e.prompt, e.choices) for e in (*data.train, *data.validation, *data.test)}
     for name, settings in out_of_distribution(cfg, CONFIGS).items():
         test = load_task(settings, cfg.paths.data_dir, cfg.seed, at_most=True).test
-        own = {(e.prompt, e.choices) for e in (*data.train, *data.validation, *data.test)}
         data.ood[name] = [e for e in test if (e.prompt, e.choices) not in own]
         if not data.ood[name]:
             raise DataError(f"eval.ood names {name}, whose test examples are the run's own: leave it out")
