@@ -23,6 +23,17 @@ def check_plain(layer: LoraLayer, adapter_name: str, path: str, method: str) -> 
         raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
 
 
+def plain_layers(model: nn.Module, method: str) -> list[tuple[LoraLayer, str]]:
+    """The LoRA layers of a model, each with every active adapter's name; ValueError as of ``check_plain``."""
+    layers = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.active_adapters:
+                check_plain(layer, name, path, method)
+                layers.append((layer, name))
+    return layers
+
+
 def not_linear(module: nn.Module, path: str, method: str) -> ValueError:
     """The error for a target where ``module``, its layer or its A, is no linear layer."""
     kind = type(module).__name__

@@ -60,7 +60,6 @@ class LiveSample:
 
     def push(self) -> None:
         """Carry the gradients through the sampler to the parameters."""
-        self.close()
         reached = [(root, leaf.grad) for root, leaf in self._cuts if leaf.grad is not None]
         if reached:
             torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])

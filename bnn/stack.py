@@ -48,7 +48,7 @@ class FactorStack:
         """Move the factors' parameters into stacked ones and return these by name."""
         if not self.leaves:
             own = [factor.own_tensors() for factor in self.factors]  # themselves: views of a stack before may be stale
-            learned = {name for name, t in own[0].items() if t.requires_grad}
+            learned = self.factors[0].learned
             with torch.no_grad():
                 stacked = _stacked(own)
             leaves: dict[str, Tensor] = {n: nn.Parameter(t) if n in learned else t for n, t in stacked.items()}

@@ -145,7 +145,8 @@ def report_held(cfg: DictConfig, model: Any) -> None:
 def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
     """Data, encoder and base model; the data is checked against the tokenizer before weights are read."""
     data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
-    own = {(e.prompt, e.choices) for e in (*data.train, *data.validation, *data.test)}
+    known = (*data.train, *data.validation, *data.test) if cfg.eval.ood else ()
+    own = {(e.prompt, e.choices) for e in known}
     for name, settings in out_of_distribution(cfg, CONFIGS).items():
         test = load_task(settings, cfg.paths.data_dir, cfg.seed, at_most=True).test
         data.ood[name] = [e for e in test if (e.prompt, e.choices) not in own]

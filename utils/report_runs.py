@@ -29,11 +29,13 @@ BASE = (
     *("dset.max_length", "dset.too_long", "dset.test_subset"),
 )
 """Those that make a variant, and change the base model's predictions too."""
+CHOICE = tuple(f"eval.{key}" for key in CHOOSES_BEST)
+"""Those that make one only where they choose what is kept."""
 VARIED = (
     *(*BASE, "method.factory", "peft", "opt", "train", "dset.train_file", "dset.validation_file"),
-    *("dset.validation_fraction", "dset.validation_subset", "eval.keep", *(f"eval.{key}" for key in CHOOSES_BEST)),
+    *("dset.validation_fraction", "dset.validation_subset", "eval.keep", *CHOICE),
 )
-"""Those that make a variant; the last where they choose what is kept."""
+"""Those that make a variant."""
 SAMPLES = "MC"
 """One more: the number of samples of the method's own prediction, whatever ``eval.n_mc`` is to a method without any."""
 NOT_VARIED = (*NOT_IN_TRAIN_FINGERPRINT, "_target_", "init_seed")
@@ -167,11 +169,11 @@ def _read_run(folder: Path) -> Run:
         mc = ZERO_SHOT if method == ZERO_SHOT else str(record["mc"])
         rows.append(Row(**shared, method=method, split=record["split"], mc=mc, steps=steps, **metrics))
     made = OmegaConf.create(config)
-    chooses = OmegaConf.select(made, "eval.keep") == "best"
+    ignored = () if OmegaConf.select(made, "eval.keep") == "best" else CHOICE
     settings = dict(
         pair
         for group in (*MODEL, *DATA, *VARIED)
-        if chooses or group.removeprefix("eval.") not in CHOOSES_BEST
+        if group not in ignored
         for pair in _leaves(group, OmegaConf.select(made, group))
     )
     settings[SAMPLES] = next((row.mc for row in rows if row.mc.isdigit()), "mean")

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from bnn.lora import check_plain
+from bnn.lora import plain_layers
 from bnn.methods.base import FitData, Schedule, Score
 from bnn.methods.laplace_curvature import Kronecker, check_width, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised
@@ -80,10 +79,7 @@ class Laplace(MLE):
 
     def _check(self, adapted: PeftModel) -> None:
         """Raise ValueError for a variant of LoRA, whose derivatives are others, and for what is too wide."""
-        for path, layer in adapted.named_modules():
-            if isinstance(layer, LoraLayer):
-                for name in layer.active_adapters:
-                    check_plain(layer, name, path, "method=laplace")
+        plain_layers(adapted, "method=laplace")
         check_width(lora_matrices(adapted, self.layers), self.max_dim)
 
     def start(self, model: nn.Module, schedule: Schedule) -> None:
@@ -137,8 +133,8 @@ class Laplace(MLE):
         """``linearised`` of all batches, on the CPU: (N, C) and (K, N, C, C)."""
         matrices = lora_matrices(model, self.layers)
         device = next(iter(matrices.values())).weight.device
-        factors = {name: Kronecker(*(t.to(device) for t in factor)) for name, factor in self.factors.items()}
-        parts = [linearised(model, score, b, matrices, factors, precisions) for b in batches]
+        self.factors = {name: Kronecker(*(t.to(device) for t in factor)) for name, factor in self.factors.items()}
+        parts = [linearised(model, score, b, matrices, self.factors, precisions) for b in batches]
         width = max(mean.shape[-1] for mean, _ in parts)
         gaps = [width - mean.shape[-1] for mean, _ in parts]
         mean = torch.cat([pad(m.cpu(), (0, g), value=-torch.inf) for (m, _), g in zip(parts, gaps, strict=True)])

@@ -46,7 +46,8 @@ class MAP(MLE):
                 f"method=map: weight_decay={self.weight_decay} times opt.lr={lr} is lost in float32's rounding, which "
                 "would be method=mle: raise weight_decay"
             )
-        A_B, others = ([p for n, p in trainable(model) if (".lora_" in n) == of] for of in (True, False))
+        A_B = [p for name, p in trainable(model) if ".lora_" in name]
+        others = [p for name, p in trainable(model) if ".lora_" not in name]
         groups = [
             {"params": A_B, "lr": lr, "weight_decay": self.weight_decay},
             {"params": others, "lr": lr, "weight_decay": 0.0},

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from bnn.lora import check_plain
+from bnn.lora import plain_layers
 from bnn.methods.base import FitData, PointEstimate, Schedule, Score
 from bnn.methods.mle import MLE
 from bnn.metrics import nll
@@ -184,12 +184,7 @@ def noisy(
     Raises:
         ValueError: for a layer that is no plain LoRA on a linear layer, or is merged; for rows that n does not divide.
     """
-    layers = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            for name in layer.active_adapters:
-                check_plain(layer, name, path, "method=tfb")
-                layers.append((layer, name))
+    layers = plain_layers(model, "method=tfb")
     with torch.no_grad():
         frames = [
             sigma_q * layer.scaling[name] * noise_frame(layer.lora_B[name].weight, d_floor) for layer, name in layers

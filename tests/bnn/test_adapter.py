@@ -128,7 +128,7 @@ def two_adapters(make_adapted, make_llama):
     return both.eval(), first, second
 
 
-def test_adapters_are_not_switched_under_draws(two_adapters, ids):
+def test_adapters_are_not_switched_under_draws(two_adapters):
     """Neither inside a context nor between two of one Sampler, whose factors are those of before."""
     both, *_ = two_adapters
     names = list(both.peft_config)

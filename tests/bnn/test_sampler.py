@@ -211,7 +211,7 @@ def test_the_mean_is_never_stale_after_an_optimizer_step_or_a_load(make_adapted,
     assert torch.equal(logits_of(model, ids), first)
 
 
-def test_autocast_changes_neither_draws_nor_mean_nor_gradients(make_adapted, ids):
+def test_autocast_changes_neither_draws_nor_mean_nor_gradients(make_adapted):
     """Factorisations stay in float32; a mean computed inside is what is used, and merged, outside."""
     model = make_adapted()
     factors = active_factors(model)
