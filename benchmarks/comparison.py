@@ -7,13 +7,14 @@ For every task and every method that trains, each learning rate in ``RATES`` is 
 the best is at the end of those tried (``EXTENSIONS``), then the other values of the method's own setting (``OWN``) at
 the best rates. The best ``FINALISTS`` are trained with the other ``TUNING_SEEDS`` too, since one seed cannot tell them
 apart, nor show which of them diverge now and then; where all of them do, the next best follow. Each is judged by the
-method's own prediction on validation data; test data is not read. Methods that have no search of their own (``AS``,
-``POST_HOC``) have the setting of another, from whose adapters the latter start. Two selections are made (``RULES``) by
-the mean over the seeds: the finalist with the lowest NLL, each method at its best; and that with the highest accuracy,
-as settings are chosen where nobody looks at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated
-on test. Runs that have finished are skipped, and those that diverged (remove their folders to make them again), so the
-command can be repeated after a kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json``
-what the search found, by seed.
+method's own prediction on validation data; test data is not read. ``--early-stopping`` has every method's search try
+early stopping, as LoRA's does anyway. Methods that have no search of their own (``AS``, ``POST_HOC``) have the setting
+of another, from whose adapters the latter start. Two selections are made (``RULES``) by the mean over the seeds: the
+finalist with the lowest NLL, each method at its best; and that with the highest accuracy, as settings are chosen where
+nobody looks at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated on test. Runs that have
+finished are skipped, and those that diverged (remove their folders to make them again), so the command can be repeated
+after a kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json`` what the search found, by
+seed.
 
 Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first;
 it serves some 50 processes, more find no GPU).
@@ -92,6 +93,8 @@ OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "sgp": {"sd_b_0.7": ("inducing.prior_sd_b=0.7",), "sd_b_2.8": ("inducing.prior_sd_b=2.8",)},
 }
 """Two other values of a setting of the method's own, tried at the best learning rate by either rule."""
+EARLY_STOPPING = {"early_stopping": ("eval.every=epoch", "eval.keep=best", "eval.every_n_mc=4")}
+"""A third, if asked for, of every method that has it not among its two; draws judge the epochs of one that samples."""
 RULES = {
     "nll": lambda found: (found["nll"], -found["acc"]),
     "acc": lambda found: (-found["acc"], found["nll"]),
@@ -130,17 +133,27 @@ class Setting(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Where runs are kept, what is added to the command line of each, and how many times a task's epochs they train."""
+    """Where runs are kept, and how they are made."""
 
     out: Path
     common: Sequence[str] = ()
+    """What is added to the command line of each."""
     times: int = 1
+    """How many times a task's epochs they train."""
+    early_stopping: bool = False
+    """Whether every method may stop early (``EARLY_STOPPING``)."""
+
+    def own(self, method: str) -> dict[str, tuple[str, ...]]:
+        """The values of the method's own setting, by name; none of one that has another's."""
+        if method not in OWN:
+            return {}
+        return (EARLY_STOPPING if self.early_stopping else {}) | OWN[method]
 
     def overrides(
         self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "", more: Sequence[str] = ()
     ) -> tuple[str, ...]:
         """The command line of a run; ``tuned_as`` names the method whose setting it is, if another."""
-        own = OWN.get(tuned_as or method, {}).get(setting.own, ())
+        own = self.own(tuned_as or method).get(setting.own, ())
         which = (f"method={method}", f"opt.lr={setting.rate:g}", f"seed={seed}")
         return (*COMMON, *self.of_task(task), *which, *own, *more, *self.common)
 
@@ -152,9 +165,9 @@ class Comparison(NamedTuple):
     def check(self) -> None:
         """Raise ValueError, before any run, for what would undo the comparison."""
         check_common(self.common)
-        own = [by_key(overrides) for settings in OWN.values() for overrides in settings.values()]
+        own = [by_key(overrides) for method in OWN for overrides in self.own(method).values()]
         if undone := [key for key in by_key(self.common) if any(key in keys for keys in own)]:
-            raise ValueError(f"{undone[0]} is of the settings that the search tries (OWN): leave it out")
+            raise ValueError(f"{undone[0]} is of the settings that the search tries: leave it out")
         if not isinstance(self.times, int) or self.times < 1:
             raise ValueError(f"times is {self.times}: take a whole number from 1 on")
         if self.times > 1 and EPOCHS in by_key(self.common):
@@ -221,7 +234,7 @@ class Comparison(NamedTuple):
         for _ in range(EXTENSIONS):
             yield screen(untried(beyond(screened()), tried))
         best = {setting.rate for setting in chosen(screened()).values()}
-        yield screen([Setting(rate, own) for rate in sorted(best) for own in OWN[method]])
+        yield screen([Setting(rate, own) for rate in sorted(best) for own in self.own(method)])
         left, whole = screened(), dict[Setting, Metrics]()
         while left and not whole:  # all of those before have diverged with some seed
             best_left = finalists(left)
@@ -368,9 +381,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=[*GRIDS, *TASKS], default=["small"])
     parser.add_argument("--times", type=int, default=1, help="so many times the tasks' epochs, in the search too")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="in order of importance")
+    parser.add_argument("--early-stopping", action="store_true", help="a setting that every method's search tries")
     arguments = parse(parser, argv)
     with one_line_errors(GOES_ON):
-        comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
+        out = arguments.out.resolve()
+        comparison = Comparison(out, arguments.overrides, arguments.times, arguments.early_stopping)
         comparison.run(arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.comparison import (
     AS,
+    EARLY_STOPPING,
     OWN,
     POST_HOC,
     RATES,
@@ -44,8 +45,8 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
     """By method and rule the setting that a comparison's ``tuning.json`` has; none of a method that always diverged.
 
     Raises:
-        ValueError: if it is no such file, does not hold the task's search to its end, or one with values that `OWN` no
-            longer has.
+        ValueError: if it is no such file, does not hold the task's search to its end, or one with values that the
+            search no longer has.
     """
     tuning = read(path)
     found = {}
@@ -62,7 +63,7 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
 
 def _parsed(method: str, setting: str) -> Setting:
     rate, _, own = setting.partition("_")
-    if own and own not in OWN[method]:
+    if own and own not in EARLY_STOPPING | OWN[method]:
         raise ValueError(f"{method} has no setting {own} any more, which the search tried: search anew")
     return Setting(float(rate), own or "default")
 
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="those of interest")
     arguments = parse(parser, argv)
     with one_line_errors(GOES_ON):
-        comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times)
+        comparison = Comparison(arguments.out.resolve(), arguments.overrides, arguments.times, early_stopping=True)
         which = (arguments.rules, arguments.methods)
         run(comparison, arguments.tuning, arguments.tasks, arguments.jobs, arguments.seconds, *which)
 

@@ -20,6 +20,7 @@ class ComparisonSweeper(Sweeper):
         seconds: no run starts later than this; null: no limit.
         times: so many times the tasks' epochs.
         rules: by what settings are chosen (nll, acc), in order of importance.
+        early_stopping: whether every method may stop early.
         params: of Hydra's own sweeper; not used.
 
     Raises:
@@ -27,7 +28,14 @@ class ComparisonSweeper(Sweeper):
     """
 
     def __init__(
-        self, tasks: list[str], jobs: int, seconds: float | None, times: int, rules: list[str], params: Any = None
+        self,
+        tasks: list[str],
+        jobs: int,
+        seconds: float | None,
+        times: int,
+        rules: list[str],
+        early_stopping: bool,
+        params: Any = None,
     ) -> None:
         for key, names, example in (("tasks", tasks, "[sst2_500]"), ("rules", rules, "[nll,acc]")):
             if not (isinstance(names, list | ListConfig) and names):
@@ -36,11 +44,14 @@ class ComparisonSweeper(Sweeper):
             raise ValueError(f"hydra.sweeper.jobs={jobs}: expected a whole number, at least 1")
         if seconds is not None and not (type(seconds) in (int, float) and seconds >= 0):
             raise ValueError(f"hydra.sweeper.seconds={seconds}: expected a number, at least 0, or null")
+        if not isinstance(early_stopping, bool):
+            raise ValueError(f"hydra.sweeper.early_stopping={early_stopping}: expected true or false")
         self.tasks = tasks
         self.jobs = jobs
         self.seconds = float("inf") if seconds is None else seconds
         self.times = times
         self.rules = rules
+        self.early_stopping = early_stopping
         self._folder = Path()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -52,4 +63,5 @@ class ComparisonSweeper(Sweeper):
         from benchmarks.comparison import Comparison  # every start of any program here looks at this file
 
         common = [argument for argument in arguments if not argument.startswith("experiment=")]
-        Comparison(self._folder.resolve(), common, self.times).run(self.tasks, self.jobs, self.seconds, self.rules)
+        comparison = Comparison(self._folder.resolve(), common, self.times, self.early_stopping)
+        comparison.run(self.tasks, self.jobs, self.seconds, self.rules)

@@ -61,12 +61,12 @@ def test_the_experiment_is_a_comparison_in_the_folder_of_the_sweep(tmp_path):
 def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(Comparison, "run", lambda self, *arguments: said.append((self, *arguments)))
-    sweeper = ComparisonSweeper(["sst2_500", "small"], 3, None, 4, ["acc"], params={"paths": "sweep"})
+    sweeper = ComparisonSweeper(["sst2_500", "small"], 3, None, 4, ["acc"], True, params={"paths": "sweep"})
     sweeper.setup(
         hydra_context=None, task_function=None, config=OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     )
     sweeper.sweep(["experiment=benchmark_small", "llm=tiny", "paths.data_dir=x"])
-    comparison = Comparison(tmp_path, ["llm=tiny", "paths.data_dir=x"], times=4)
+    comparison = Comparison(tmp_path, ["llm=tiny", "paths.data_dir=x"], times=4, early_stopping=True)
     assert said == [(comparison, ["sst2_500", "small"], 3, float("inf"), ["acc"])]
 
 
@@ -89,6 +89,7 @@ def test_ctrl_c_in_a_sweep_is_one_line(tmp_path, monkeypatch):
         ("tasks=null", "hydra.sweeper.tasks=None: expected a list such as [sst2_500]"),
         ("tasks=sst2_500", "hydra.sweeper.tasks=sst2_500: expected a list"),
         ("rules=[]", "hydra.sweeper.rules=[]: expected a list such as [nll,acc]"),
+        ("early_stopping=1", "hydra.sweeper.early_stopping=1: expected true or false"),
     ],
 )
 def test_a_value_of_another_kind_is_one_line_before_any_run(tmp_path, change, message):

@@ -274,13 +274,35 @@ def test_every_task_composes(name, tmp_path):
 
 @pytest.mark.parametrize("method", RATES)
 def test_every_own_setting_composes_and_changes_something(method, tmp_path):
-    made = Comparison(tmp_path)
-    settings = [Setting(1e-3), *(Setting(1e-3, own) for own in comparison.OWN[method])]
+    made = Comparison(tmp_path, early_stopping=True)
+    settings = [Setting(1e-3), *(Setting(1e-3, own) for own in made.own(method))]
     default, *others = (
         compose(CONFIGS, [*made.overrides("sst2_500", method, 0, s), "paths.output_dir=x"]) for s in settings
     )
-    assert len(others) == 2
+    assert len(others) == (2 if method == "mle" else 3)
     assert all(default != other for other in others)
+
+
+@pytest.mark.parametrize("method", RATES)
+def test_every_method_may_stop_early_if_asked_for(method, tmp_path, monkeypatch):
+    runs = {seed: {"nll": 0.5, "acc": 0.5} for seed in comparison.TUNING_SEEDS}
+    monkeypatch.setattr(Comparison, "by_seed", lambda *_: runs)
+    epochs = {}
+    for asked in (False, True):
+        made, tried = Comparison(tmp_path, early_stopping=asked), []
+        jobs = [job for stage in made.search("sst2_500", method, tried) for job in stage]
+        extra = {"early_stopping"} if asked else set()
+        assert {setting.own for setting in tried} == {"default"} | comparison.OWN[method].keys() | extra
+        for job in jobs:
+            keys = workers.by_key(job.overrides)
+            epochs[asked, "_early_stopping" in str(job.folder)] = keys["eval.every"], keys.get("eval.keep")
+    assert epochs[True, True] == ("epoch", "best")
+    assert {epochs[key] for key in epochs if not key[1]} == {("none", None)}
+    first, after = made.test_stages("sst2_500", method, Setting(1e-3, "early_stopping"))
+    for job in (*first, *after):
+        keys = workers.by_key(job.overrides)
+        trains = keys["method"] in (*RATES, "ensemble")
+        assert keys["eval.keep"] == ("best" if trains else "last"), keys["method"]
 
 
 @pytest.mark.parametrize("override", ["seed=3", "method=sgp", "opt.lr=1", "dset=cola"])

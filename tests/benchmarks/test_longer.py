@@ -48,6 +48,24 @@ def test_a_setting_that_is_no_more_is_not_taken_for_the_default(tuning, monkeypa
         longer.chosen_in(tuning, "sst2_500")
 
 
+def test_a_search_in_which_every_method_could_stop_early(tmp_path, tuning, monkeypatch):
+    monkeypatch.setattr(longer, "OWN", {method: {} for method in RATES})
+    table = json.loads(tuning.read_text())
+    for of in table["sst2_500"].values():
+        of["0.001_early_stopping"] = of.pop("0.001")
+        of.pop("0.002_own", None)
+    tuning.write_text(json.dumps({**table, UNFINISHED: {}}))
+    kept = []
+
+    def carry_out(chains, jobs, seconds):
+        kept.extend(workers.by_key(job.overrides).get("eval.keep") for chain in chains for _, s in chain for job in s)
+
+    monkeypatch.setattr(longer, "carry_out", carry_out)
+    with pytest.raises(SystemExit, match="no run has finished"):
+        longer.main([str(tuning), "--times", "1", "--tasks", "sst2_500", "--methods", "blob", "--out", str(tmp_path)])
+    assert kept == ["best"] * len(SEEDS)
+
+
 def test_a_search_that_has_not_ended_is_refused(tuning):
     """Whatever settings have all seeds already."""
     table = json.loads(tuning.read_text())
