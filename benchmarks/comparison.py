@@ -13,8 +13,8 @@ of another, from whose adapters the latter start. Two selections are made (``RUL
 finalist with the lowest NLL, each method at its best; and that with the highest accuracy, as settings are chosen where
 nobody looks at probabilities. The chosen are trained with the seeds 0, 1, 2 and evaluated on test. Runs that have
 finished are skipped, and those that diverged (remove their folders to make them again), so the command can be repeated
-after a kill. ``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json`` what the search found, by
-seed.
+after a kill; ``--known`` takes those of the search from the ``tuning.json`` that another such command has left.
+``by_<rule>.txt`` lists the runs of a selection for the report, ``tuning.json`` what the search found, by seed.
 
 Many runs share one GPU: they are bound by launches, not by arithmetic (start NVIDIA's multi-process service first;
 it serves some 50 processes, more find no GPU).
@@ -23,15 +23,26 @@ it serves some 50 processes, more find no GPU).
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from benchmarks import tuning
 from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
-from benchmarks.tuning import BySeed, Metrics
-from benchmarks.workers import Chain, Job, by_key, carry_out, has_ended, is_finished, startable, tuned
-from utils.run import write_text_atomic
+from benchmarks.tuning import NAMES, BySeed, Metrics, Tuning
+from benchmarks.workers import (
+    DIVERGED_FILE,
+    TUNED,
+    Chain,
+    Job,
+    by_key,
+    carry_out,
+    has_ended,
+    is_finished,
+    startable,
+    tuned,
+)
+from utils.run import write_json_atomic, write_text_atomic
 from utils.settings import quoted
 
 TUNING_SEEDS = (100, 101, 102)
@@ -259,6 +270,17 @@ class Comparison(NamedTuple):
             yield priority, first
             yield priority, startable(after)
 
+    def take_over(self, tasks: Collection[str], known: Tuning) -> None:
+        """Take the runs of a ``tuning.json`` at its word, where none has ended here."""
+        for task, method in itertools.product(tasks, RATES):
+            ended = known.unfinished is not None and method not in known.unfinished.get(task, ())
+            for setting, runs in known.of.get(task, {}).get(method, {}).items():
+                folder = self.out / "tune" / task / method / setting
+                for seed, metrics in runs.items():
+                    leave(folder / f"seed{seed}" / TUNED, metrics)
+                if ended and not runs:
+                    leave(folder / f"seed{TUNING_SEEDS[0]}" / DIVERGED_FILE, "where it was taken from")
+
     def searched(self, task: str, method: str) -> tuple[list[Setting], bool]:
         """The settings that the search has come to so far, and whether it has ended."""
         tried: list[Setting] = []
@@ -271,6 +293,7 @@ class Comparison(NamedTuple):
         jobs: int,
         seconds: float = float("inf"),
         rules: Sequence[str] = tuple(RULES),
+        known: Sequence[Path] = (),
     ) -> None:
         """Search, train and test.
 
@@ -279,10 +302,12 @@ class Comparison(NamedTuple):
             jobs: runs at a time.
             seconds: no run starts later than this.
             rules: names in ``RULES``, in order of importance; what only others choose is not trained for the test.
+            known: ``tuning.json`` of searches made elsewhere with the same settings, whose runs are not made again.
 
         Raises:
             ValueError: before any run: for an unknown task or rule, an override of what is compared (``VARIED``,
-                ``OWN``), or a folder that holds runs with other settings.
+                ``OWN``), a file that is no ``tuning.json`` or of other tasks, or a folder that holds runs with other
+                settings.
             RuntimeError: before any run if another command makes runs in the folder; if no run on test has finished.
         """
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:
@@ -291,7 +316,12 @@ class Comparison(NamedTuple):
             raise ValueError(f"unknown rule {unknown[0]}; there are {', '.join(RULES)}")
         self.check()
         tasks = dict.fromkeys(task for name in names for task in GRIDS.get(name, (name,)))
+        searches = {path: tuning.read(path) for path in known}
+        if other := [path for path, search in searches.items() if search.of.keys().isdisjoint(tasks)]:
+            raise ValueError(f"{other[0]} has no search of {', '.join(tasks)}: name one that has")
         with alone_in(self.out):
+            for search in searches.values():
+                self.take_over(tasks, search)
             self.write_lists(self.begun())  # refuses a folder of other settings before any run
             carry_out([chain for task in tasks for chain in self.chains(task, rules)], jobs, seconds)
             self.write_lists(self.begun())
@@ -337,10 +367,16 @@ def check_common(overrides: Sequence[str]) -> None:
         raise ValueError(f"{varied[0]} differs from run to run here: leave it out")
 
 
+def leave(path: Path, what: object) -> None:
+    """Write how a run has ended, unless its folder says so already."""
+    if not any(path.with_name(name).exists() for name in (TUNED, DIVERGED_FILE)):
+        write_json_atomic(path, what)
+
+
 def means(runs: Mapping[Key, Mapping[int, Metrics]], seeds: Sequence[int]) -> dict[Key, Metrics]:
     """Mean metrics over ``seeds`` of the settings that have runs with all of them."""
     return {
-        setting: {name: statistics.mean(own[seed][name] for seed in seeds) for name in own[seeds[0]]}
+        setting: {name: statistics.mean(own[seed][name] for seed in seeds) for name in own[seeds[0]] if name in NAMES}
         for setting, own in runs.items()
         if own.keys() >= set(seeds)
     }
@@ -381,12 +417,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=[*GRIDS, *TASKS], default=["small"])
     parser.add_argument("--times", type=int, default=1, help="so many times the tasks' epochs, in the search too")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="in order of importance")
+    parser.add_argument("--known", nargs="+", type=Path, default=[], help="tuning.json of the same search elsewhere")
     parser.add_argument("--early-stopping", action="store_true", help="a setting that every method's search tries")
     arguments = parse(parser, argv)
     with one_line_errors(GOES_ON):
         out = arguments.out.resolve()
         comparison = Comparison(out, arguments.overrides, arguments.times, arguments.early_stopping)
-        comparison.run(arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules)
+        comparison.run(arguments.tasks, arguments.jobs, arguments.seconds, arguments.rules, arguments.known)
 
 
 if __name__ == "__main__":

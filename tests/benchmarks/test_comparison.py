@@ -283,6 +283,34 @@ def test_every_own_setting_composes_and_changes_something(method, tmp_path):
     assert all(default != other for other in others)
 
 
+def test_a_search_made_elsewhere_is_taken_over(tmp_path, monkeypatch):
+    """Its runs are not made again, those that diverged neither; what has ended here stays."""
+    runs = {str(seed): {"acc": 0.5, "nll": 0.5 + seed / 1000, "ece": 0.1} for seed in comparison.TUNING_SEEDS}
+    rates = {f"{rate:g}": runs for rate in RATES["mle"][1:]} | {f"{RATES['mle'][0]:g}": {}}
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps({"sst2_500": {"mle": rates, "map": rates}, "unfinished": {"sst2_500": {"map": {}}}}))
+    made = Comparison(tmp_path / "out")
+    own = made.tuning_job("sst2_500", "mle", Setting(RATES["mle"][1]), 100).folder / workers.TUNED
+    workers.write_json_atomic(own, {"acc": 0.9, "nll": 0.1, "ece": 0.2, "brier": 0.3})
+    monkeypatch.setattr(comparison, "carry_out", lambda *_: None)
+    with pytest.raises(RuntimeError, match="no run on test has finished"):
+        made.run(["sst2_500"], 1, known=[known])
+
+    found = made.found("sst2_500", "mle", [Setting(rate) for rate in RATES["mle"]], [100])
+    assert list(found) == [Setting(rate) for rate in RATES["mle"][1:]]
+    assert found[Setting(RATES["mle"][1])]["nll"] == 0.1
+    assert found[Setting(RATES["mle"][2])] == runs["100"]
+    asked = {m: [job for _, jobs in made.chain("sst2_500", m) for job in jobs] for m in ("mle", "map")}
+    first = {m: made.tuning_job("sst2_500", m, Setting(RATES[m][0]), 100) for m in asked}
+    assert all(first[m] in asked[m] for m in asked)
+    assert workers.has_ended(first["mle"])
+    assert not workers.has_ended(first["map"]), "the file does not say that it diverged"
+    with pytest.raises(ValueError, match=r"known.json has no search of cola: name one that has"):
+        made.run(["cola"], 1, known=[known])
+    with pytest.raises(SystemExit, match=r"^error: .*no.json: No such file or directory: name the tuning.json"):
+        comparison.main(["--out", str(tmp_path / "out"), "--tasks", "cola", "--known", str(tmp_path / "no.json")])
+
+
 @pytest.mark.parametrize("method", RATES)
 def test_every_method_may_stop_early_if_asked_for(method, tmp_path, monkeypatch):
     runs = {seed: {"nll": 0.5, "acc": 0.5} for seed in comparison.TUNING_SEEDS}
@@ -333,7 +361,7 @@ def test_overrides_stand_before_among_or_after_the_options(command, tmp_path, mo
     asked = []
     monkeypatch.setattr(Comparison, "run", lambda self, *arguments: asked.append((list(self.common), *arguments)))
     comparison.main([*command.split(), "--out", str(tmp_path)])
-    assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"), ["nll", "acc"])]
+    assert asked == [(["dtype=bfloat16", "device=cpu"], ["sst2_500", "arc_e"], 3, float("inf"), ["nll", "acc"], [])]
 
 
 @pytest.mark.parametrize(
