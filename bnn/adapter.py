@@ -5,6 +5,9 @@
 work. A process must ``import bnn`` before it loads such an adapter: PEFT knows the method by this registration.
 """
 
+import contextlib
+import copy
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -111,6 +114,20 @@ class SGPLoraConfig(LoraConfig):
 class SGPLoraModel(LoraModel):
     """PEFT tuner of SGP-LoRA: a ``LoraModel`` whose factors are ``InducingFactor`` modules."""
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT looks for the name at the end of a key alone; a flow's tensors lie deeper."""
+        without = re.sub(rf"(\.lora_[AB])\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
+        return without if without != key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Files saved before have the adapter's name in the keys of a flow."""
+        state_dict = {re.sub(r"(\.lora_[AB])\.[^.]+\.flow\.", r"\1.flow.", key): t for key, t in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], *arguments: Any) -> None:
         """Refuse what PEFT would load with a warning: adapters saved while sigma_p scaled the mean too."""
         if any(".lora_" in name and name.endswith(".unit") for name in state_dict):
@@ -132,12 +149,11 @@ class SGPLoraModel(LoraModel):
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
         if isinstance(base, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
             raise not_linear(base, current_key, METHOD)
-        if target_name == "lm_head":
-            untie_head(self.model, base)
+        untie(self.model, base)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = parent.get_submodule(target_name)
         check_plain(layer, adapter_name, current_key, METHOD)
-        replace_factors(layer, adapter_name, lora_config, self.model)
+        replace_factors(layer, adapter_name, lora_config, self.model, keep_b=lora_config.init_lora_weights is False)
 
     def _refuse_live_sample(self, what: str) -> None:
         if any(isinstance(m, InducingFactor) and m.has_sample for m in self.modules()):
@@ -147,6 +163,16 @@ class SGPLoraModel(LoraModel):
         if kwargs.get("adapter_names") is not None:
             self._refuse_live_sample("a mixed batch (adapter_names), whose rows cannot be told from draws")
         return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not in ``bnn.sample``: the first layers would have an adapter that the others then refuse."""
+        self._refuse_live_sample("adding an adapter")
+        super().inject_adapter(*args, **kwargs)
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not in ``bnn.sample``, whose draws may be of the adapter."""
+        self._refuse_live_sample("deleting an adapter")
+        super().delete_adapter(*args, **kwargs)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not in ``bnn.sample``, whose draws are of the adapters that were active."""
@@ -173,12 +199,31 @@ class SGPLoraModel(LoraModel):
         raise NotImplementedError("add_weighted_adapter combines weights, not posteriors: export the means first")
 
 
-def untie_head(model: Any, head: nn.Module) -> None:
-    """Give a tied output head its own copy of the weight, so that merging cannot corrupt the input embedding."""
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
+def untie(model: Any, layer: Any) -> None:
+    """Give a layer that is tied to the input embedding its own weight: merging would corrupt the embedding.
+
+    The model then has a configuration of its own that says so; other models may have been made from the one it had.
+    """
+    if not any(weight is getattr(layer, "weight", None) for weight in _embedding_weights(model)):
+        return
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    if hasattr(getattr(model, "config", None), "get_text_config"):
+        copies: dict[int, Any] = {}
+        config = copy.deepcopy(model.config, copies)
+        for module in model.modules():
+            if id(getattr(module, "config", None)) in copies:
+                module.config = copies[id(module.config)]
+        for own in (config, config.get_text_config()):
+            own.tie_word_embeddings = False
+
+
+def _embedding_weights(model: Any) -> list[Tensor]:
+    """Of the input embedding; of a model that does not say which that is, of all."""
+    if hasattr(model, "get_input_embeddings"):
+        with contextlib.suppress(NotImplementedError):  # some have none
+            return [model.get_input_embeddings().weight]
+        return []
+    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 def replace_factors(

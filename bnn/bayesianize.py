@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from bnn.adapter import METHOD, SGPLoraConfig, SGPLoraModel, replace_factors, untie_head
+from bnn.adapter import METHOD, SGPLoraConfig, SGPLoraModel, replace_factors, untie
 from bnn.lora import check_plain
 
 
@@ -53,9 +53,8 @@ def bayesianize_(
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     for path, layer in layers.items():
         check_plain(layer, name, path, METHOD)
-    for path, layer in layers.items():
-        if path.rpartition(".")[-1] == "lm_head":
-            untie_head(base, layer.get_base_layer())
+    for layer in layers.values():
+        untie(base, layer.get_base_layer())
         replace_factors(layer, name, new_config, base, keep_b=True)
     model.base_model.__class__ = SGPLoraModel
     model.base_model.peft_config[name] = new_config

@@ -92,6 +92,7 @@ class InducingFactor(nn.Module):
         self._sample: Tensor | None = None
         self._mean: tuple[list[tuple[int, int]], Tensor] | None = None
         self._stack: tuple[dict[str, Tensor], int] | None = None
+        self.register_load_state_dict_post_hook(_stay_in_float32)
 
     def _own(self, name: str, value: Tensor, learned: bool) -> None:
         if learned:
@@ -148,7 +149,8 @@ class InducingFactor(nn.Module):
         """Posterior mean (d_out, d_in); when no gradient is wanted, cached until a tensor it depends on may change.
 
         Tensors' version counters tell most changes; fused optimisers and writing to ``.data`` do not raise them, so
-        drawing, ``train()`` and ``eval()`` clear the cache too. Tensors made in inference mode have none: no cache.
+        drawing, ``train()`` and ``eval()`` clear the cache too, and in train mode gradients that wait for a step keep
+        it empty. Tensors made in inference mode have none: no cache.
         """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._mean = None
@@ -157,7 +159,7 @@ class InducingFactor(nn.Module):
         behind = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         behind += () if self.flow is None else self.flow.parameters()
         behind += () if self._stack is None else self._stack[0].values()
-        counted = not any(t.is_inference() for t in behind)
+        counted = not any(t.is_inference() or (self.training and t.grad is not None) for t in behind)
         key = [(t.data_ptr(), t._version) for t in behind] if counted else []
         if self._mean is None or self._mean[0] != key or not counted:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
@@ -191,13 +193,6 @@ class InducingFactor(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        """Stay in float32 also where tensors of a file take the place of the own ones (``assign``)."""
-        super()._load_from_state_dict(*arguments, **keywords)
-        for name, t in self._buffers.items():
-            if t is not None and t.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = t.float()
-
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: parameters of its own, no draws and nothing cached."""
         return self.__dict__ | {"_sample": None, "_mean": None, "_stack": None}
@@ -219,6 +214,13 @@ class InducingFactor(nn.Module):
         """The structure, as printed in a model's summary."""
         s = self.spec
         return f"{s.d_in} -> {s.d_out}, inducing {s.m_r}x{s.m_c}, q={s.family}, flow={s.flow_depth}"
+
+
+def _stay_in_float32(factor: nn.Module, _: Any) -> None:
+    """Also where tensors of a file have taken the place of the own ones (``assign``)."""
+    for t in (*factor.parameters(), *factor.buffers()):
+        if t.dtype in (torch.bfloat16, torch.float16):
+            t.data = t.data.float()
 
 
 def _stack_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

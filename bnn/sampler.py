@@ -55,8 +55,9 @@ class LiveSample:
             raise RuntimeError("backward after bnn.sample has ended would be lost: call it inside the context")
 
     def close(self) -> None:
-        """Refuse gradients that come later."""
+        """Refuse gradients that come later; let go of the draws, which the hooks that do so would hold in a cycle."""
         self._open = False
+        self._cuts.clear()
 
     def push(self) -> None:
         """Carry the gradients through the sampler to the parameters."""

@@ -147,6 +147,31 @@ def test_adapters_are_not_switched_under_draws(two_adapters):
         pass
 
 
+def test_adapters_are_neither_added_nor_deleted_under_draws(two_adapters):
+    """Nothing of one that was refused stays behind."""
+    both, *_ = two_adapters
+    with bnn.sample(both, 2):
+        with pytest.raises(ValueError, match=r"leave bnn\.sample before adding an adapter"):
+            both.add_adapter("third", SGPLoraConfig(r=2, target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match=r"leave bnn\.sample before deleting an adapter"):
+            both.delete_adapter("second")
+    both.add_adapter("third", SGPLoraConfig(r=3, target_modules=["v_proj"]))
+    both.set_adapter("third")
+    assert {min(f.spec.d_out, f.spec.d_in) for f in active_factors(both)} == {3}
+    both.delete_adapter("second")
+
+
+def test_without_initialisation_b_starts_at_random_as_lora_s_does(make_llama, ids):
+    models = []
+    for kind in (SGPLoraConfig, LoraConfig):
+        torch.manual_seed(0)
+        config = kind(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        models.append(get_peft_model(make_llama(), config).eval())
+    started, lora = (logits_of(model, ids) for model in models)
+    assert gap(lora, logits_of(make_llama(), ids)) > 1e-3
+    torch.testing.assert_close(started, lora, rtol=0, atol=1e-4)
+
+
 def test_set_adapter_switches_mean_and_draws(two_adapters, ids):
     both, *singles = two_adapters
     for name, single in zip(("first", "second"), singles, strict=True):

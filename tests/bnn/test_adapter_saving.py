@@ -45,14 +45,38 @@ def test_reloaded_adapter_is_identical(config, low_cpu_mem_usage, make_llama, ma
     assert [f.spec for f in active_factors(loaded)] == [f.spec for f in active_factors(model)]
 
 
-def test_loads_under_another_name_next_to_a_first(make_llama, make_adapted, ids, tmp_path):
-    model = make_adapted(family="full")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_loads_under_another_name_next_to_a_first(config, make_llama, make_adapted, ids, tmp_path):
+    model = make_adapted(**config)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path, adapter_name="other").eval()
     assert_same(model, loaded, ids)
     loaded.load_adapter(tmp_path, adapter_name="third")
     loaded.set_adapter("third")
     assert_same(model, loaded, ids)
+
+
+def test_a_flow_saved_with_the_adapter_s_name_in_its_keys_loads(make_llama, make_adapted, ids, tmp_path):
+    """As earlier versions did."""
+    model = make_adapted(**CONFIGS["flow"])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name.replace(".flow.", ".default.flow."): t for name, t in load_file(file).items()}
+    assert any(".default.flow." in name for name in tensors)
+    save_file(tensors, file)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, adapter_name="other").eval()
+    assert_same(model, loaded, ids)
+
+
+@pytest.mark.parametrize("config", ["diagonal", "flow"])
+def test_a_file_in_half_precision_is_float32_again(config, make_llama, make_adapted, ids, tmp_path):
+    make_adapted(**CONFIGS[config]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
+    how = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}  # the file's tensors become the parameters
+    loaded, usual = (PeftModel.from_pretrained(make_llama(), tmp_path, **each).eval() for each in (how, {}))
+    assert {t.dtype for f in active_factors(loaded) for t in f.own_tensors().values()} == {torch.float32}
+    assert_same(loaded, usual, ids)
 
 
 def test_reloads_trainable(make_llama, make_adapted, ids, tmp_path):

@@ -33,6 +33,17 @@ def test_is_not_used_where_a_gradient_is_wanted(factor):
     assert factor.mean_weight().requires_grad
 
 
+def test_follows_a_fused_step_that_a_prediction_came_before(factor):
+    """Fused steps raise no version: where gradients wait for one, nothing is kept."""
+    steps = torch.optim.AdamW(factor.train().parameters(), lr=0.05, fused=True)
+    factor.mean_weight().square().sum().backward()
+    with torch.no_grad():
+        before = factor.mean_weight().clone()
+        steps.step()
+        assert torch.equal(factor.mean_weight(), fresh(factor))
+        assert not torch.equal(factor.mean_weight(), before)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_follows_the_optimizer(factor, optimizer, options):

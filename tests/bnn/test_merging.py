@@ -3,7 +3,9 @@
 import pytest
 import torch
 from bnn_cases import gap, logits_of, seeded
-from transformers import GPT2Config, GPT2LMHeadModel
+from peft import get_peft_model
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 import bnn
 from bnn.layers import InducingFactor
@@ -61,6 +63,47 @@ def test_output_head_leaves_the_embedding_alone(tied, make_llama, make_adapted, 
     assert gap(logits_of(merged, ids), mean) < 1e-5
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
     assert gap(merged.get_output_embeddings().weight, make_llama(tied=tied).get_output_embeddings().weight) > 1e-3
+
+
+def test_a_tied_head_of_any_name_leaves_the_embedding_alone(ids):
+    config = BertConfig(
+        vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, is_decoder=True
+    )
+    base = BertLMHeadModel(config).eval()
+    assert base.cls.predictions.decoder.weight is base.get_input_embeddings().weight
+    model = get_peft_model(base, bnn.SGPLoraConfig(r=4, target_modules=["decoder"], init_lora_weights=False)).eval()
+    before, table = logits_of(model, ids), base.get_input_embeddings().weight.clone()
+    model.merge_adapter()
+    assert torch.equal(base.get_input_embeddings().weight, table)
+    assert gap(logits_of(model, ids), before) < 1e-4
+
+
+def test_a_tied_head_of_a_model_that_is_no_transformer(ids):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.lm_head = nn.Embedding(61, 16), nn.Linear(16, 61, bias=False)
+            self.lm_head.weight = self.table.weight
+
+        def forward(self, x):
+            return self.lm_head(self.table(x))
+
+    model = get_peft_model(Model(), bnn.SGPLoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    with torch.no_grad():
+        before = model(ids)
+        model.merge_adapter()
+        assert gap(model(ids), before) < 1e-4
+
+
+def test_untying_is_this_model_s_alone(make_llama):
+    """Another may have been made from the same configuration, which goes on being shared within each."""
+    base = make_llama(tied=True)
+    other = type(base)(base.config)
+    model = get_peft_model(base, bnn.SGPLoraConfig(r=4, target_modules=["lm_head"]))
+    assert other.config.tie_word_embeddings
+    assert not model.config.tie_word_embeddings
+    assert base.model.config is base.config
+    assert base.model.layers[0].self_attn.config is base.config
 
 
 def test_conv1d_target_of_gpt2(make_adapted, ids):

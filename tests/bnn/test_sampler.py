@@ -1,6 +1,8 @@
 """Draws of a whole model: tiling, reproducibility, contexts, checkpointing, mixed precision."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -167,6 +169,22 @@ def test_context_clears_after_an_exception(exception, make_adapted, ids):
     assert torch.equal(logits_of(model, ids), expected)
     with bnn.sample(model, 1, seeded()):
         pass
+
+
+def test_draws_do_not_outlive_their_context(make_adapted, ids):
+    """Not even until cycles are collected: they are as large as all weights of the adapter, S times over."""
+    model = make_adapted().train()
+    gc.collect()
+    gc.disable()
+    try:
+        with bnn.sample(model, 2) as live:
+            (model(input_ids=ids.repeat(2, 1)).logits.square().mean() + live.kl()).backward()
+            drawn = [weakref.ref(factor.weight._base) for factor in active_factors(model)]
+            assert all(ref() is not None for ref in drawn)
+        del live
+        assert not any(ref() is not None for ref in drawn)
+    finally:
+        gc.enable()
 
 
 def test_a_failed_draw_leaves_nothing_live(make_adapted, ids, monkeypatch):
