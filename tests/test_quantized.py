@@ -46,7 +46,7 @@ both = pytest.mark.parametrize("bits", ["nf4", "int8"])
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    random_model(build_config(SIZES, {}), 0, torch.float32, CPU, "sdpa").save_pretrained(folder)
+    random_model(build_config(SIZES, {}), 0, torch.float32, CPU).save_pretrained(folder)
     return folder
 
 
@@ -216,7 +216,7 @@ def bytes_of(model: nn.Module) -> int:
 def test_the_memory_plan_knows_what_is_quantised(bits, name, tmp_path, load):
     """GPT-2's Conv1D layers are, the stacked experts of a mixture are not."""
     config = build_config(ARCHITECTURES[name] | SPECIAL, {})
-    random_model(config, 0, torch.float32, CPU, "sdpa").save_pretrained(tmp_path / "model")
+    random_model(config, 0, torch.float32, CPU).save_pretrained(tmp_path / "model")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     quantised = load(bits, folder=tmp_path / "model")

@@ -52,7 +52,13 @@ NULLABLE = ("method.factory.kl_lr", "method.factory.gamma")
 SWITCHES = (
     *("resume", "overwrite", "train.fsdp", "train.compile"),
     *("eval.zero_shot", "eval.save_validation", "eval.figures"),
+    *("llm.random_init", "llm.gradient_checkpointing"),
 )
+TEXTS = {
+    **{"device": "cuda:0", "dtype": "bfloat16", "llm.tokenizer": "auto", "llm.name_or_path": "/models/mine"},
+    **{"paths.data_dir": "/data", "paths.cache_dir": ".cache/models", "paths.output_dir": "outputs/mine"},
+}
+"""With an example each."""
 NAMES = {
     "train.on_nonfinite": ("error", "skip"),
     "eval.split": ("train", "validation", "test"),
@@ -92,6 +98,9 @@ def check(cfg: DictConfig) -> None:
     for key in SWITCHES:
         if type(value := OmegaConf.select(cfg, key)) is not bool:
             raise ValueError(f"{key}={value}: expected true or false")
+    for key, example in TEXTS.items():
+        if not isinstance(value := OmegaConf.select(cfg, key), str):
+            raise ValueError(f"{key}={value}: expected a text such as {example}")
     for key, known in NAMES.items():
         if (value := OmegaConf.select(cfg, key)) not in known:
             raise ValueError(f"unknown {key}={value}; {near_matches(str(value), known)}")
@@ -248,7 +257,7 @@ def one_line(error: BaseException, configs: Path) -> str:
     elif unknown := re.match(r"Could not override '(.+?)'\.", text):
         name = unknown[1]
         known = list(keys(plain(compose(configs, []), resolve=False)))
-        near = difflib.get_close_matches(name, known, cutoff=0.75)
+        near = [other for other in difflib.get_close_matches(name, known, cutoff=0.75) if other != name]
         text = f"unknown key {name}; see configs, or write +{name}=... to add it"
     else:
         return f"error: {text}"

@@ -175,7 +175,7 @@ def jsonl(row: Row, identifier: str) -> Question:
         options=options,
         answer=_answer(row.get("answer"), options),
         category=None if category is None else str(category),
-        group=None if group in (None, "") else str(group),
+        group=None if group in (None, "") or group != group else str(group),  # NaN is what pandas writes
     )
 
 

@@ -147,7 +147,12 @@ def _files(config: TaskConfig) -> Loaded:
         file = Path(name).expanduser()
         if not file.is_file():
             raise DataError(f"dset.{split}_file={name} does not exist (looked for {file.absolute()})")
-        sources[split] = _parse(read_jsonl(file), config, split)
+        sources[split] = rows = _parse(read_jsonl(file), config, split)
+        if split != "train" and all(question.answer is None for question in rows.questions):
+            raise DataError(
+                f"{file}: none of {len(rows.questions)} rows has an answer; correct the file, or name none "
+                f"(dset.{split}_file=null)"
+            )
     if all(source is None for source in sources.values()):
         raise DataError("schema jsonl needs dset.train_file and dset.test_file (or validation_file); none is set")
     return sources, {}, []
@@ -167,6 +172,11 @@ def _benchmark(config: TaskConfig, data_dir: str | Path) -> Loaded:
     for split, name in names.items():
         rows = source(name)
         sources[split] = None if rows is None else _parse(rows, config, split)
+    if "train" in names and sources["train"] is None:
+        raise DataError(
+            f"{config.name}: the source has no split {names['train']} to train on; add it, or set "
+            "dset.splits.train=null to evaluate only"
+        )
     ood, notes = {}, []
     for ood_name, name in ood_names.items():
         rows = source(name)

@@ -1,9 +1,10 @@
 """Model configurations from plain values."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from utils.llm.errors import LLMLoadError
@@ -29,7 +30,7 @@ def build_config(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) 
         **_known(config_class(), values, "architecture"),
         **_known(config_class(), overrides, "config_overrides"),
     }
-    return config_class(**values)
+    return _made(config_class, values)
 
 
 def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -46,7 +47,15 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
     values = {**config.to_dict(), **changes}
     if changes.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
         values.pop("layer_types", None)
-    return type(config).from_dict(values)
+    return _made(type(config).from_dict, values)
+
+
+def _made(make: Callable[..., PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration of these values; of a kind that it does not take, the error in one line."""
+    try:
+        return make(values) if hasattr(make, "__self__") else make(**values)
+    except (TypeError, StrictDataclassError) as error:
+        raise LLMLoadError(f"llm.architecture or llm.config_overrides: {' '.join(str(error).split())}") from error
 
 
 def _known(config: PreTrainedConfig, values: Mapping[str, Any], where: str) -> dict[str, Any]:

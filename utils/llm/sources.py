@@ -56,6 +56,8 @@ def find_source(
         return Source(str(target))
     local = Path(name_or_path).expanduser()
     if local.is_dir() or _looks_like_path(name_or_path):
+        if revision is not None:
+            raise LLMLoadError(f"llm.revision={revision} is one of the hub, and {name_or_path} a folder: leave it out")
         return Source(str(_checked_folder(local, is_usable)))
     if gguf is not None and gguf_dir is not None:
         path = local_gguf(gguf, gguf_dir)

@@ -229,6 +229,26 @@ def test_user_files(write_rows):
     assert (evaluation.train, len(evaluation.test)) == ([], 2)
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("rows", [[], [{"question": "q", "choices": ["x", "y"], "label": 1}]], ids=["empty", "label"])
+def test_a_file_of_one_s_own_without_answers_is_not_passed_over(rows, split, write_rows):
+    """Another split would take its place, or a part of train."""
+    whole = [{"question": f"q{i}", "choices": ["x", "y"], "answer": "x"} for i in range(30)]
+    parts = {"train": whole[:10], "validation": whole[10:20], "test": whole[20:]}
+    files = {f"{name}_file": str(write_rows(f"{name}.jsonl", part)) for name, part in parts.items()}
+    assert load_task(dset("jsonl", **files), ".", seed=0).test
+    files[f"{split}_file"] = str(write_rows("bad.jsonl", rows))
+    with pytest.raises(DataError, match=rf"bad.jsonl: none of {len(rows)} rows has an answer; .*{split}_file=null"):
+        load_task(dset("jsonl", **files), ".", seed=0)
+
+
+def test_a_benchmark_without_what_it_trains_on_is_refused(full):
+    (full / "glue/sst2/train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"sst2: the source has no split train .* dset.splits.train=null to evaluate"):
+        load_task(dset("sst2"), full, seed=0)
+    assert load_task(dset("sst2", splits={"train": None}), full, seed=0).test
+
+
 def test_a_text_with_half_a_character_is_named_by_file_and_line(write_rows, tmp_path):
     row = {"question": "smile \U0001f600", "choices": ["a", "b"], "answer": 0}
     file = write_rows("whole.jsonl", [row, row])
@@ -244,8 +264,9 @@ def test_validation_that_test_repeats_as_a_whole_is_refused(full, write_rows):
         load_task(dset("sst2"), full, seed=0)
 
 
-def test_rows_with_an_empty_group_are_alone(write_rows, tmp_path):
-    rows = [{"question": f"q{i}", "choices": ["a", "b"], "answer": 0, "group": ""} for i in range(10)]
+@pytest.mark.parametrize("group", ["", float("nan")])
+def test_rows_with_an_empty_group_are_alone(group, write_rows, tmp_path):
+    rows = [{"question": f"q{i}", "choices": ["a", "b"], "answer": 0, "group": group} for i in range(10)]
     files = {"train_file": str(write_rows("t.jsonl", rows[:8])), "test_file": str(write_rows("e.jsonl", rows[8:]))}
     task = load_task(dset("jsonl", **files, validation_fraction=0.25), tmp_path, seed=0)
     assert (len(task.train), len(task.validation)) == (6, 2)

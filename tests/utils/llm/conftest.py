@@ -37,6 +37,6 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def save_tiny(folder: Path) -> None:
-    model = random_model(build_config(TINY, {}), 0, torch.float32, torch.device("cpu"), "sdpa")
+    model = random_model(build_config(TINY, {}), 0, torch.float32, torch.device("cpu"))
     model.save_pretrained(folder)
     build_byte_tokenizer().save_pretrained(folder)

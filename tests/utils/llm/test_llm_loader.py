@@ -3,8 +3,9 @@ import importlib.util
 import pytest
 import torch
 from llm_loading import TINY, load_llm
+from safetensors.torch import load_file, save_file
 
-from utils.llm import LLMLoadError, load_model, load_tokenizer
+from utils.llm import LLMLoadError, fit_tokenizer, load_model, load_tokenizer
 from utils.llm.byte_tokenizer import build_byte_tokenizer
 
 
@@ -83,8 +84,43 @@ def test_unknown_model_type(options):
 
 
 def test_a_tokenizer_too_large_for_the_model(random_options):
-    with pytest.raises(LLMLoadError, match="259 tokens and the model's embedding 200"):
+    with pytest.raises(LLMLoadError, match="259 tokens, the model's embedding 200, so none for"):
         load_llm("x", **random_options, tokenizer="bytes", config_overrides={"vocab_size": 200})
+
+
+def test_a_special_token_needs_no_embedding_but_for_padding(random_options):
+    """Gemma's tokenizer has one more than its text models."""
+    model = load_model("x", **random_options)
+    tokenizer = load_tokenizer("x", cache_dir=random_options["cache_dir"], tokenizer="bytes")
+    size = model.get_input_embeddings().num_embeddings
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(len(tokenizer), size + 1)]})
+    fit_tokenizer(model, tokenizer)
+    tokenizer.pad_token = f"<{size}>"
+    with pytest.raises(LLMLoadError, match=f"embedding {size}, so none for '<{size}>'"):
+        fit_tokenizer(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_one_line(name, model_folder, options):
+    """Such as the pointer that Git leaves without its extension for large files."""
+    (model_folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(LLMLoadError, match=f"^{model_folder} .*: copy it again$"):
+        load_llm(str(model_folder), **options)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(model_folder, options):
+    file = model_folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t for name, t in tensors.items() if name != "lm_head.weight"}, file, metadata={"format": "pt"})
+    with pytest.raises(LLMLoadError, match=r"lacks 1 of the weights \(lm_head.weight is the first\): it holds"):
+        load_model(str(model_folder), **options)
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+def test_an_override_of_another_kind_is_one_line(model_folder, options, random_init):
+    options |= {"random_init": random_init, "architecture": TINY}
+    with pytest.raises(LLMLoadError, match=r"^llm.architecture or llm.config_overrides: .*num_hidden_layers"):
+        load_model(str(model_folder), **options, config_overrides={"num_hidden_layers": "abc"})
 
 
 def test_a_random_model_without_any_tokenizer(random_options):

@@ -110,6 +110,11 @@ def test_folders_must_be_whole(model_folder, tmp_path):
     assert find_source(str(model_folder), cache_dir=tmp_path, tokenizer_only=True).location == str(model_folder)
 
 
+def test_a_folder_has_no_revision(model_folder, tmp_path):
+    with pytest.raises(LLMLoadError, match=r"llm.revision=v2 is one of the hub, and .* a folder: leave it out"):
+        find_source(str(model_folder), cache_dir=tmp_path, revision="v2")
+
+
 def test_a_missing_shard_is_seen(model_folder, tmp_path):
     (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00002.safetensors")
     index = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
