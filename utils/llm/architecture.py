@@ -1,7 +1,8 @@
 """Model configurations from plain values."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -17,7 +18,7 @@ def build_config(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) 
     """Build a configuration from `architecture` (`model_type` and sizes) with `overrides` on top.
 
     Raises:
-        LLMLoadError: The model type or a key is unknown.
+        LLMLoadError: The model type or a key is unknown, or a value of another kind.
     """
     values = dict(architecture)
     model_type = values.pop("model_type", None)
@@ -30,7 +31,8 @@ def build_config(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) 
         **_known(config_class(), values, "architecture"),
         **_known(config_class(), overrides, "config_overrides"),
     }
-    return _made(config_class, values)
+    with _in_one_line():
+        return config_class(**values)
 
 
 def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -39,7 +41,7 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
     Lists that a configuration derives from its number of layers are derived anew when that number changes.
 
     Raises:
-        LLMLoadError: A key is unknown.
+        LLMLoadError: A key is unknown, or a value of another kind.
     """
     if not overrides:
         return config
@@ -47,13 +49,15 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
     values = {**config.to_dict(), **changes}
     if changes.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
         values.pop("layer_types", None)
-    return _made(type(config).from_dict, values)
+    with _in_one_line():
+        return type(config).from_dict(values)
 
 
-def _made(make: Callable[..., PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration of these values; of a kind that it does not take, the error in one line."""
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Raise LLMLoadError for a value of a kind that the configuration does not take."""
     try:
-        return make(values) if hasattr(make, "__self__") else make(**values)
+        yield
     except (TypeError, StrictDataclassError) as error:
         raise LLMLoadError(f"llm.architecture or llm.config_overrides: {' '.join(str(error).split())}") from error
 
