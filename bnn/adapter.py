@@ -211,10 +211,10 @@ def untie(model: Any, layer: Any) -> None:
         copies: dict[int, Any] = {}
         config = copy.deepcopy(model.config, copies)
         for module in model.modules():
-            if id(getattr(module, "config", None)) in copies:
-                module.config = copies[id(module.config)]
-        for own in (config, config.get_text_config()):
-            own.tie_word_embeddings = False
+            if (own := id(module.__dict__.get("config"))) in copies:
+                module.config = copies[own]
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
 
 
 def _embedding_weights(model: Any) -> list[Tensor]:
