@@ -184,9 +184,13 @@ class Comparison(NamedTuple):
         if self.times > 1 and EPOCHS in by_key(self.common):
             raise ValueError(f"{EPOCHS} is what times multiplies: leave one of them out")
 
+    def tuning_folder(self, task: str, method: str, setting: str, seed: int) -> Path:
+        """Where the search keeps the run of a setting, as ``tuning.json`` names it, with a seed."""
+        return self.out / "tune" / task / method / setting / f"seed{seed}"
+
     def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
         """One setting of the search with one seed."""
-        folder = self.out / "tune" / task / method / str(setting) / f"seed{seed}"
+        folder = self.tuning_folder(task, method, str(setting), seed)
         return Job(folder, self.overrides(task, method, seed, setting), False)
 
     def final_folder(self, task: str, method: str, setting: Setting, seed: int) -> Path:
@@ -275,11 +279,11 @@ class Comparison(NamedTuple):
         for task, method in itertools.product(tasks, RATES):
             ended = known.unfinished is not None and method not in known.unfinished.get(task, ())
             for setting, runs in known.of.get(task, {}).get(method, {}).items():
-                folder = self.out / "tune" / task / method / setting
                 for seed, metrics in runs.items():
-                    leave(folder / f"seed{seed}" / TUNED, metrics)
+                    leave(self.tuning_folder(task, method, setting, seed) / TUNED, metrics)
                 if ended and not runs:
-                    leave(folder / f"seed{TUNING_SEEDS[0]}" / DIVERGED_FILE, "where it was taken from")
+                    first = self.tuning_folder(task, method, setting, TUNING_SEEDS[0])
+                    leave(first / DIVERGED_FILE, "where it was taken from")
 
     def searched(self, task: str, method: str) -> tuple[list[Setting], bool]:
         """The settings that the search has come to so far, and whether it has ended."""
