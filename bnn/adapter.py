@@ -7,6 +7,7 @@ work. A process must ``import bnn`` before it loads such an adapter: PEFT knows 
 
 import contextlib
 import copy
+import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bnn.inducing.posterior import FactorSpec, log_of_scaled_prior_sd
-from bnn.layers import InducingFactor
+from bnn.layers import InducingFactor, can_compute
 from bnn.lora import check_plain, not_linear
 from bnn.merging import rounding_reported
 
@@ -68,9 +69,11 @@ class SGPLoraConfig(LoraConfig):
             "layer_replication": self.layer_replication,
             "init_lora_weights": self.init_lora_weights if isinstance(self.init_lora_weights, str) else None,
         }
-        for name in ("prior_sd", "prior_sd_b", "mean_gain", "q_sd", "d_init", "d_init_zero"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0")
+        for name in ("prior_sd", "prior_sd_b", "mean_gain", "q_sd", "d_init", "d_init_zero", "lambda_max"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a finite number above 0")
+        if not 0 < self.lambda_init < self.lambda_max:
+            raise ValueError(f"lambda_init must lie in (0, lambda_max={self.lambda_max}), got {self.lambda_init}")
         for name, value in unsupported.items():
             if value:
                 raise ValueError(f"SGP-LoRA does not support {name}={value!r}: remove it from the configuration")
@@ -195,8 +198,8 @@ class SGPLoraModel(LoraModel):
             return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not defined for posteriors: merge plain LoRA adapters instead."""
-        raise NotImplementedError("add_weighted_adapter combines weights, not posteriors: export the means first")
+        """Not defined for posteriors."""
+        raise NotImplementedError("add_weighted_adapter combines weights, not posteriors: use it with plain LoRA")
 
 
 def untie(model: Any, layer: Any) -> None:
@@ -235,11 +238,10 @@ def replace_factors(
         layer: a LoRA layer of PEFT with plain A and B for ``adapter_name``.
         adapter_name: which of its adapters.
         config: the posterior's configuration.
-        model: the base model; its dtype is the compute dtype where the base weight is quantised.
+        model: the base model, which says what it computes in where the base weight, being quantised, does not.
         keep_b: start B at the posterior mean B instead of LoRA's zero start.
     """
-    base_weight = layer.get_base_layer().weight
-    dtype = base_weight.dtype if base_weight.dtype.is_floating_point else model.dtype
+    dtype = _compute_dtype(layer.get_base_layer(), model)
     generator = torch.Generator().manual_seed(config.init_seed)
     for side, prior_sd, zero_start in (
         (layer.lora_A, config.prior_sd, False),
@@ -247,11 +249,18 @@ def replace_factors(
     ):
         old = side[adapter_name].weight
         on_meta = old.device.type == "meta"
-        weight = torch.ones(old.shape) if on_meta else old
+        weight = torch.ones(old.shape, device="cpu") if on_meta else old
         factor = config.make_factor(weight, prior_sd, zero_start, generator)
-        factor.compute_dtype = dtype  # type: ignore[assignment]  # a model says Any
+        factor.compute_dtype = dtype
         factor.requires_grad_(old.requires_grad)
         side[adapter_name] = factor.to(old.device)
+
+
+def _compute_dtype(base: nn.Module, model: nn.Module) -> torch.dtype:
+    """What a layer computes in: its weight's dtype, or one that it or the model names; float32 if none does."""
+    weight: Any = getattr(base, "weight", None)  # some quantised layers have none
+    named = (getattr(weight, "dtype", None), getattr(base, "compute_dtype", None), getattr(model, "dtype", None))
+    return next((t for t in named if isinstance(t, torch.dtype) and can_compute(t)), torch.float32)
 
 
 def register() -> None:

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
 from bnn.adapter import METHOD, SGPLoraConfig, SGPLoraModel, replace_factors, untie
-from bnn.lora import check_plain
+from bnn.lora import KEEPING_BASE, check_plain, has_adapter
 
 
 def bayesianize_(
@@ -31,7 +31,7 @@ def bayesianize_(
 
     Raises:
         ValueError: before anything is replaced, if the model has other adapters, is not a plain LoRA model on linear
-            layers, is merged, or both ways to configure are used.
+            layers, is merged, or both ways to configure are used, or a field that is not the posterior's.
     """
     name = adapter_name or model.active_adapter
     if list(model.peft_config) != [name]:
@@ -45,12 +45,16 @@ def bayesianize_(
     if config is not None and posterior:
         raise ValueError(f"pass either config or the fields {sorted(posterior)}, not both")
     own = {f.name for f in fields(SGPLoraConfig)} - {f.name for f in fields(LoraConfig)}
+    if unknown := sorted(posterior.keys() - own):
+        raise ValueError(f"{unknown[0]} is no field of the posterior: choose among {', '.join(sorted(own))}")
     chosen = posterior if config is None else {field: getattr(config, field) for field in own}
     inherited = {f.name: copy.deepcopy(getattr(lora, f.name)) for f in fields(LoraConfig) if f.init}
     inherited.pop("peft_type", None)
+    if lora.init_lora_weights in KEEPING_BASE:
+        inherited["init_lora_weights"] = True  # how A and B started is past; others started with a changed base
     new_config = SGPLoraConfig(**inherited, **chosen)
     base = model.base_model.model
-    layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {path: m for path, m in base.named_modules() if isinstance(m, LoraLayer) and has_adapter(m, name)}
     for path, layer in layers.items():
         check_plain(layer, name, path, METHOD)
     for layer in layers.values():

@@ -2,12 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bnn.inducing import posterior
@@ -22,6 +24,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def _float32_on_cpu() -> Iterator[None]:
+    """Context for what is computed with a CPU generator in float32, whatever PyTorch's defaults are set to."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def can_compute(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one to compute in: of one byte there are only those to store weights in."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 class InducingFactor(nn.Module):
@@ -78,20 +97,22 @@ class InducingFactor(nn.Module):
         self.in_features, self.out_features = spec.d_in, spec.d_out
         self.bias = None
         self.compute_dtype = torch.float32
-        self._own("raw_prior_sd", torch.tensor(float(log_prior_sd)), learn_prior_sd)
-        self._own("raw_lambda", torch.logit(torch.tensor(lambda_init / spec.lambda_max)), learn_lambda)
-        if weight is None or not weight.any():
-            initial = _zero_start(spec, d_init, d_init_zero, mean_gain, log_prior_sd, generator)
-        else:
-            initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
-        loc, unit = initial.pop("loc"), initial.pop("unit")
-        self.register_buffer("W_unit", unit * math.exp(log_prior_sd))
-        for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
-            self._own(name, value, True)
-        self.flow = InducingFlow(spec.m_r * spec.m_c, spec.flow_depth, spec.flow_hidden) if spec.flow_depth else None
+        with _float32_on_cpu():
+            self._own("raw_prior_sd", torch.tensor(float(log_prior_sd)), learn_prior_sd)
+            self._own("raw_lambda", torch.logit(torch.tensor(lambda_init / spec.lambda_max)), learn_lambda)
+            if weight is None or not weight.any():
+                initial = _zero_start(spec, d_init, d_init_zero, mean_gain, log_prior_sd, generator)
+            else:
+                initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
+            loc, unit = initial.pop("loc"), initial.pop("unit")
+            self.register_buffer("W_unit", unit * math.exp(log_prior_sd))
+            for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
+                self._own(name, value, True)
+            size, depth = spec.m_r * spec.m_c, spec.flow_depth
+            self.flow = InducingFlow(size, depth, spec.flow_hidden) if depth else None
         self._sample: Tensor | None = None
         self._mean: tuple[list[tuple[int, int]], Tensor] | None = None
-        self._stack: tuple[dict[str, Tensor], int] | None = None
+        self._stack: tuple[dict[str, weakref.ref[Tensor]], int] | None = None
         self.register_load_state_dict_post_hook(_stay_in_float32)
 
     def _own(self, name: str, value: Tensor, learned: bool) -> None:
@@ -105,11 +126,18 @@ class InducingFactor(nn.Module):
 
         Where the parameters are views into stacked ones, under autograd: differentiable slices of those.
         """
-        if self._stack is not None and torch.is_grad_enabled():
-            leaves, i = self._stack
+        own, leaves = self.own_tensors(), self._leaves()
+        if leaves and torch.is_grad_enabled():
+            assert self._stack is not None
+            _, i = self._stack
             self.check_stacked(leaves, i)
-            return {name: leaf[i] for name, leaf in leaves.items()}
-        return self.own_tensors()
+            own |= {name: leaf[i] for name, leaf in leaves.items()}
+        return own
+
+    def _leaves(self) -> dict[str, Tensor]:
+        """The stacked tensors that own parameters are views into, those that a sampler or an optimiser still holds."""
+        refs = {} if self._stack is None else self._stack[0]
+        return {name: leaf for name, ref in refs.items() if (leaf := ref()) is not None}
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The module's parameters and buffers themselves, by the same names, views or not."""
@@ -125,16 +153,20 @@ class InducingFactor(nn.Module):
         return frozenset(name for name, t in self.own_tensors().items() if t.requires_grad)
 
     def view_stack(self, leaves: dict[str, Tensor], i: int) -> None:
-        """Make every own tensor a view of row ``i`` of ``leaves``, which hold the same values."""
+        """Make every own tensor a view of row ``i`` of ``leaves``, which hold the same values.
+
+        It does not hold the leaves: once nobody trains them, gradients are those of the own parameters again.
+        """
         for name, t in self.own_tensors().items():
             t.data = leaves[name].data[i]
-        self._stack = (leaves, i)
+        self._stack = ({name: weakref.ref(leaf) for name, leaf in leaves.items()}, i)
 
     def check_stacked(self, leaves: dict[str, Tensor], i: int) -> None:
         """Raise RuntimeError unless the own parameters still are views of row ``i`` of ``leaves``."""
-        Z_r: Tensor = self.get_parameter("Z_r")
-        viewed = self._stack is not None and self._stack[0] is leaves
-        if not viewed or Z_r.data_ptr() != leaves["Z_r"].data_ptr() + i * Z_r.nbytes:
+        name = "Z_r" if "Z_r" in leaves else next(iter(leaves))
+        leaf, own = leaves[name], self.get_parameter("Z_r") if name == "Z_r" else self.own_tensors()[name]
+        viewed = self._stack is not None and self._stack[0][name]() is leaf
+        if not viewed or own.data_ptr() != leaf.data_ptr() + i * own.nbytes:
             raise RuntimeError(
                 "the adapter's parameters were moved, replaced or stacked anew after they had been stacked for "
                 "training: move or load the model first, then make the Sampler (or the optimiser) anew"
@@ -150,15 +182,17 @@ class InducingFactor(nn.Module):
 
         Tensors' version counters tell most changes; fused optimisers and writing to ``.data`` do not raise them, so
         drawing, ``train()`` and ``eval()`` clear the cache too, and in train mode gradients that wait for a step keep
-        it empty. Tensors made in inference mode have none: no cache.
+        it empty. Tensors made in inference mode have none, and those of a function transform or of forward-mode
+        derivatives are of that alone: no cache.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if wanted or _is_transformed():
             self._mean = None
             with without_autocast(self.W_unit.device):
                 return posterior.mean(self.spec, _stack_one(self.tensors()), self.flow)[0]
         behind = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         behind += () if self.flow is None else self.flow.parameters()
-        behind += () if self._stack is None else self._stack[0].values()
+        behind += self._leaves().values()
         counted = not any(t.is_inference() or (self.training and t.grad is not None) for t in behind)
         key = [(t.data_ptr(), t._version) for t in behind] if counted else []
         if self._mean is None or self._mean[0] != key or not counted:
@@ -183,9 +217,11 @@ class InducingFactor(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move devices as asked, but stay in float32: factorisations and small KL gradients need it.
 
-        A change of dtype is one of ``compute_dtype``.
+        A change of dtype is one of ``compute_dtype``, unless it is one to store weights in.
         """
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        asked = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if can_compute(asked):
+            self.compute_dtype = asked
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -214,6 +250,11 @@ class InducingFactor(nn.Module):
         """The structure, as printed in a model's summary."""
         s = self.spec
         return f"{s.d_in} -> {s.d_out}, inducing {s.m_r}x{s.m_c}, q={s.family}, flow={s.flow_depth}"
+
+
+def _is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _stay_in_float32(factor: nn.Module, _: Any) -> None:

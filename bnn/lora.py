@@ -3,6 +3,9 @@
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+KEEPING_BASE = ("gaussian", "orthogonal", "eva")
+"""Initialisations of A and B, by PEFT's names, that leave the base model as it is."""
+
 
 def check_plain(layer: LoraLayer, adapter_name: str, path: str, method: str) -> None:
     """Raise ValueError where A and B cannot be random matrices: no linear layer, a variant of LoRA (DoRA, ...), merged.
@@ -16,11 +19,21 @@ def check_plain(layer: LoraLayer, adapter_name: str, path: str, method: str) -> 
     A = dict(layer.lora_A.items()).get(adapter_name)
     if not isinstance(A, nn.Linear):
         raise not_linear(layer.get_base_layer() if A is None else A, path, method)
+    check_no_variant(layer, adapter_name, path, method)
+    if adapter_name in layer.merged_adapters:
+        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
+
+
+def check_no_variant(layer: LoraLayer, adapter_name: str, path: str, method: str) -> None:
+    """Raise ValueError where the layer computes with a variant of LoRA; arguments as of ``check_plain``."""
     if adapter_name in layer.lora_variant:
         variant = type(layer.lora_variant[adapter_name]).__name__
         raise ValueError(f"{method} needs plain LoRA, but target {path!r} is a {variant}: remove its setting")
-    if adapter_name in layer.merged_adapters:
-        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
+
+
+def has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the layer has an adapter of this name: it may only have others, or none any more."""
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
 def plain_layers(model: nn.Module, method: str) -> list[tuple[LoraLayer, str]]:
@@ -29,8 +42,9 @@ def plain_layers(model: nn.Module, method: str) -> list[tuple[LoraLayer, str]]:
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             for name in layer.active_adapters:
-                check_plain(layer, name, path, method)
-                layers.append((layer, name))
+                if has_adapter(layer, name):
+                    check_plain(layer, name, path, method)
+                    layers.append((layer, name))
     return layers
 
 

@@ -24,7 +24,7 @@ def rounding_reported(model: nn.Module) -> Iterator[None]:
     layers = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, LoraLayer) and get_bnb_param_type(m.get_base_layer().weight)
+        if isinstance(m, LoraLayer) and get_bnb_param_type(getattr(m.get_base_layer(), "weight", None))
     }
     for name, layer in layers.items():
         vars(layer)["merge"] = partial(_merge, layer, name, lost)

@@ -24,7 +24,7 @@ class LiveSample:
 
     The model and ``kl()`` see the draws as leaves, cut off from the parameters; ``push`` carries what backward has
     accumulated in them through the sampler once. Several backward passes, also those which reentrant checkpointing
-    runs inside one, therefore share one draw and add up.
+    runs inside one, therefore share one draw and add up, in the dtype of the draws.
     """
 
     def __init__(self, n: int) -> None:
@@ -118,12 +118,21 @@ class Sampler:
         self._active = self._adapters()
         devices = {stack.device for stack in self.stacks}
         self._graph = SamplerGraph() if own and cuda_graph and len(devices) == 1 else None
+        self._owns = own
         if own:
             for stack in self.stacks:
                 stack.own()
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The stacked parameters, each with its name in a factor; only of a Sampler that owns them."""
+        """The stacked parameters, each with its name in a factor.
+
+        As long as they are held, by this Sampler or an optimiser, gradients go to them and not to the model's own.
+
+        Raises:
+            ValueError: of a Sampler that does not own them.
+        """
+        if not self._owns:
+            raise ValueError("this Sampler does not own the parameters: make it with own=True, or train the model's")
         return [named for stack in self.stacks for named in stack.own().items()]
 
     def _adapters(self) -> list[list[str]]:

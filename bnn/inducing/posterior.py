@@ -139,7 +139,8 @@ def _noise_of_mean(spec: FactorSpec, Z_r: Tensor) -> Tensor:
     if spec.make_family().point_mass:
         chosen = torch.special.ndtri((torch.arange(spec.members, dtype=torch.float64) + 0.5) / spec.members)
         return chosen.to(Z_r)[:, None, None, None].expand(-1, *shape)
-    half = torch.randn(MEAN_DRAWS // 2, *shape, generator=torch.Generator().manual_seed(0), dtype=Z_r.dtype)
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(MEAN_DRAWS // 2, *shape, generator=generator, dtype=Z_r.dtype, device="cpu")
     return torch.cat([half, -half]).to(Z_r.device)
 
 

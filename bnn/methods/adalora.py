@@ -37,7 +37,7 @@ class AdaLoRA(Method):
         orthogonality: gamma, weight of the penalty, nats.
 
     Raises:
-        ValueError: for fractions that leave no step to prune in, or a negative ``orthogonality``.
+        ValueError: for fractions that leave no step to prune in, a negative ``orthogonality`` or no ``interval``.
     """
 
     peft_type = "ADALORA"
@@ -59,6 +59,8 @@ class AdaLoRA(Method):
             )
         if orthogonality < 0:
             raise ValueError(f"expected orthogonality >= 0, got {orthogonality}")
+        if interval < 1:
+            raise ValueError(f"method=adalora needs interval >= 1, got {interval}")
         self.init_rank_factor = init_rank_factor
         self.initial_fraction = initial_fraction
         self.final_fraction = final_fraction

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class RandomA(nn.Module, ABC):
         """Standard normal noise of the live draws, (S, *noise_shape)."""
         self.generator: torch.Generator | None = None
         """For the noise that depends on the number of rows, in training."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: no draws."""
+        return self.__dict__ | {"eps": None, "generator": None}
 
     @property
     @abstractmethod
@@ -130,6 +134,10 @@ class BLoBA(RandomA):
         moved = magnitude - size * (2 * magnitude**3 / variance - 2 / magnitude)
         moved = torch.where(magnitude < best, moved.clamp(max=best), moved.clamp(min=best))
         self.G.copy_(moved.copysign(self.G))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See ``RandomA.__getstate__``."""
+        return super().__getstate__() | {"_signs": {}}
 
     def hold(self, eps: Tensor | None, generator: torch.Generator | None = None) -> None:
         """See ``RandomA.hold``."""

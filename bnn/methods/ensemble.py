@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from bnn.lora import KEEPING_BASE
 from bnn.methods.base import Method, check_layers, check_targets
 
 CONFIG = "adapter_config.json"
@@ -35,8 +36,18 @@ class Ensemble(Method):
         self.names = [f"member{k}" for k in range(members)]
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
-        """See ``Method.adapt``."""
+        """See ``Method.adapt``.
+
+        Raises:
+            ValueError: for an initialisation that changes the base model: every member would do so to all.
+        """
         check_targets(model, lora["target_modules"])
+        start = lora.get("init_lora_weights", True)
+        if isinstance(start, str) and start not in KEEPING_BASE:
+            raise ValueError(
+                f"method=ensemble shares one base model, which peft.init_lora_weights={start} changes for every "
+                f"member: use true or {' or '.join(KEEPING_BASE)}"
+            )
         first, *others = self.names
         adapted = get_peft_model(model, LoraConfig(**lora), adapter_name=first)
         for name in others:

@@ -1,6 +1,7 @@
 """Laplace-LoRA (Yang et al., *Bayesian Low-Rank Adaptation for Large Language Models*, ICLR 2024, arXiv 2308.13111)."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Laplace(MLE):
         draws: S of every prediction, whatever is asked for elsewhere: Gaussian scores cost nothing to draw.
 
     Raises:
-        ValueError: for another ``precision_by``, no precisions, or draws below 1.
+        ValueError: for another ``precision_by``, no precisions, draws below 1, or a value out of its range.
     """
 
     stochastic = True
@@ -58,8 +59,13 @@ class Laplace(MLE):
             raise ValueError(f"method=laplace needs draws >= 1, got {draws}")
         if precision_by not in ("evidence", "validation"):
             raise ValueError(f"precision_by={precision_by!r} is unknown: use evidence or validation")
-        if not precisions or min(precisions) <= 0:
-            raise ValueError(f"method=laplace needs precisions > 0 to try, got {list(precisions)}")
+        if not precisions or not all(0 < p < math.inf for p in precisions):
+            raise ValueError(f"method=laplace needs finite precisions > 0 to try, got {list(precisions)}")
+        for name, value in (("prior_precision", prior_precision), ("lr", lr)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"method=laplace needs a finite {name} > 0, got {value}")
+        if steps < 0:
+            raise ValueError(f"method=laplace needs steps >= 0, got {steps}")
         self.layers = layers
         self.precision_by = precision_by
         self.prior_precision = prior_precision

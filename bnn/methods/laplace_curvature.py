@@ -45,9 +45,15 @@ def lora_matrices(model: nn.Module, layers: str) -> dict[str, nn.Linear]:
     if not found:
         raise ValueError("the model has no trainable LoRA matrices: adapt it with method=laplace or mle first")
     if layers == "last":
-        depth = {name: int(m.group(1)) if (m := re.search(r"\.(\d+)\.", name)) else 10**9 for name in found}
-        found = {name: m for name, m in found.items() if depth[name] == max(depth.values())}
+        last = _block(list(found)[-1])
+        found = {name: m for name, m in found.items() if _block(name) == last}
     return found
+
+
+def _block(name: str) -> str:
+    """Of a matrix's name, that of the numbered block of the model it is in, or of its layer if it is in none."""
+    numbered = re.match(r".*?\.\d+(?=\.)", name)
+    return numbered.group() if numbered else name.partition(".lora_")[0]
 
 
 def output_gradients(
@@ -67,13 +73,15 @@ def output_gradients(
         directions: scores (rows, C) -> (K, rows, C); one backward pass each, of sum(direction * scores).
 
     Raises:
-        ValueError: where a matrix does not see (rows, T, d_in), as in a mixture of experts.
+        ValueError: where a matrix does not see (rows, T, d_in), as in a mixture of experts, or sees more than one.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in inputs:
+                raise ValueError(f"{name} is used more than once in a pass, which its curvature is not: leave it out")
             inputs[name], outputs[name] = args[0].detach().float(), output
 
         return hook

@@ -16,7 +16,7 @@ class LoRAPlus(MLE):
 
     In the limit of large width, features are learned efficiently for eta_B / eta_A = Theta(width) (Hayou et al.,
     2024, Theorem 1), not for equal rates. PEFT's helper makes an optimiser rather than groups, hence the grouping
-    here; it equals that helper's for adapters on linear layers.
+    here; it equals that helper's for plain LoRA on linear layers. DoRA's magnitude goes with A.
 
     Args:
         lr_ratio: eta_B / eta_A, at least 1; eta_A is the optimiser's learning rate.

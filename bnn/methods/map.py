@@ -1,5 +1,6 @@
 """Maximum a posteriori (MAP): LoRA with a Gaussian prior, that is with weight decay."""
 
+import re
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import nn
 
 from bnn.methods.base import trainable
 from bnn.methods.mle import MLE
+
+MATRIX = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!.*\.bias$)")
+"""In the name of A or B, not of a bias of theirs, nor of DoRA's magnitude, which starts at the base model's norms."""
 
 
 class MAP(MLE):
@@ -46,8 +50,8 @@ class MAP(MLE):
                 f"method=map: weight_decay={self.weight_decay} times opt.lr={lr} is lost in float32's rounding, which "
                 "would be method=mle: raise weight_decay"
             )
-        A_B = [p for name, p in trainable(model) if ".lora_" in name]
-        others = [p for name, p in trainable(model) if ".lora_" not in name]
+        A_B = [p for name, p in trainable(model) if MATRIX.search(name)]
+        others = [p for name, p in trainable(model) if not MATRIX.search(name)]
         groups = [
             {"params": A_B, "lr": lr, "weight_decay": self.weight_decay},
             {"params": others, "lr": lr, "weight_decay": 0.0},

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from bnn.lora import check_no_variant
 from bnn.methods.base import PointEstimate, of_type
 from bnn.methods.mle import MLE
 
@@ -40,19 +41,19 @@ class MCDropout(MLE):
         """See ``Method.adapt``; the method's ``dropout`` is LoRA's.
 
         Raises:
-            ValueError: for another ``lora_dropout``.
+            ValueError: for another ``lora_dropout``, or a variant of LoRA, which has no dropout outside training.
         """
         given = lora.get("lora_dropout", 0.0)
         if given not in (0.0, self.dropout):
             raise ValueError(f"method=mc_dropout has dropout={self.dropout}: leave peft.lora_dropout={given} at 0")
-        return super().adapt(model, lora | {"lora_dropout": self.dropout})
+        return _without_variants(super().adapt(model, lora | {"lora_dropout": self.dropout}))
 
     def load(self, model: nn.Module, folder: str | Path) -> PeftModel:
         """See ``Method.load``; the method's ``dropout`` replaces the saved one."""
         config = PeftConfig.from_pretrained(str(folder))
         config.lora_dropout = self.dropout
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
-        return of_type(loaded, self.peft_type, folder)
+        return _without_variants(of_type(loaded, self.peft_type, folder))
 
     @contextmanager
     def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Iterator[PointEstimate]:
@@ -84,3 +85,12 @@ class MCDropout(MLE):
             finally:
                 for dropout, mode in zip(dropouts, before, strict=True):
                     dropout.train(mode)
+
+
+def _without_variants(model: PeftModel) -> PeftModel:
+    """The model, or ValueError for a variant of LoRA (DoRA, ...): PEFT leaves its dropout out at prediction."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.active_adapters:
+                check_no_variant(layer, name, path, "method=mc_dropout")
+    return model

@@ -29,15 +29,16 @@ class Scaled(Method):
         of: arguments of the other method.
 
     Raises:
-        ValueError: for a maximum of 1 or less.
+        ValueError: for a maximum of 1 or less, or none.
     """
 
     fits = True
 
     def __init__(self, maximum: float, draws: int | None = None, **of: Any) -> None:
-        if not maximum > 1:
+        if not 1 < maximum < math.inf:
             raise ValueError(
-                f"method.factory.maximum={maximum} must be greater than 1: T is sought in [1/maximum, maximum]"
+                f"method.factory.maximum={maximum} must be greater than 1, and finite: T is sought between it and its "
+                "reciprocal"
             )
         super().__init__(**of)
         self.maximum = maximum

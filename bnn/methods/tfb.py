@@ -73,6 +73,12 @@ class TFB(MLE):
         self.d_floor = d_floor
         self.sigma_q: float | None = None
 
+    def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
+        """See ``Method.adapt``; raises ValueError for what could not be fitted, before anything is trained."""
+        adapted = super().adapt(model, lora)
+        plain_layers(adapted, "method=tfb")
+        return adapted
+
     def start(self, model: nn.Module, schedule: Schedule) -> None:
         """See ``Method.start``; a sigma_q that was loaded is forgotten where the adapter is about to change."""
         if schedule.total_steps:
@@ -137,7 +143,9 @@ class TFB(MLE):
         """See ``Method.load``; sigma_q is to be fitted for an adapter saved by ``method=mle``."""
         path = Path(folder) / FILE
         self.sigma_q = json.loads(path.read_text())["sigma_q"] if path.exists() else None
-        return super().load(model, folder)
+        loaded = super().load(model, folder)
+        plain_layers(loaded, "method=tfb")
+        return loaded
 
 
 def spread(batches: Sequence[Any], examples: int | None) -> list[Any]:

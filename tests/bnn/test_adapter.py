@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 import bnn
 from bnn import SGPLoraConfig
+from bnn.adapter import replace_factors
 from bnn.layers import InducingFactor
 from bnn.sampler import active_factors
 
@@ -211,3 +212,93 @@ def test_mixed_batch_inside_a_sample_is_refused(n, two_adapters, ids):
 def test_combining_adapters_is_refused(two_adapters):
     with pytest.raises(NotImplementedError, match="posteriors"):
         two_adapters[0].add_weighted_adapter(["first", "second"], [0.5, 0.5], "third")
+
+
+class OneByte(torch.nn.Linear):
+    """Stores its weight in a byte an entry and computes in bfloat16."""
+
+    def __init__(self, like: torch.nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.weight = torch.nn.Parameter(like.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class NoWeight(torch.nn.Linear):
+    """Keeps what it computes with under another name, as some quantised layers do."""
+
+    def __init__(self, like: torch.nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.W_q, self.compute_dtype = like.weight.detach().clone(), like.weight.dtype
+        del self.weight
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.W_q)
+
+
+@torch.no_grad()
+def test_draws_over_a_weight_of_one_byte_have_the_models_dtype(make_llama, make_adapted, ids):
+    model = make_llama(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = OneByte(layer.self_attn.q_proj)
+    adapted = make_adapted(model)
+    assert {f.compute_dtype for f in active_factors(adapted)} == {torch.bfloat16}
+    active_factors(adapted)[0].to(torch.float8_e4m3fn)
+    with bnn.sample(adapted, 1, seeded()):
+        assert adapted(input_ids=ids).logits.isfinite().all()
+        assert {f.weight.dtype for f in active_factors(adapted)} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_layer_without_a_weight_says_what_it_computes_in(make_llama, ids):
+    model = make_llama(torch.float32)
+    expected = logits_of(model, ids)
+    adapted = get_peft_model(model, SGPLoraConfig(r=4, lora_alpha=8, target_modules=["v_proj"]))
+    for layer in adapted.base_model.model.model.layers:
+        v_proj = layer.self_attn.v_proj
+        v_proj.base_layer = NoWeight(v_proj.base_layer)
+        replace_factors(v_proj, "default", SGPLoraConfig(), torch.nn.Identity())
+    assert {f.compute_dtype for f in active_factors(adapted)} == {torch.float32}
+    torch.testing.assert_close(logits_of(adapted, ids), expected)
+    with bnn.sample(adapted, 2, seeded()):
+        assert logits_of(adapted, ids.repeat(2, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("config", [{}, {"flow_depth": 1}, {"family": "full"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_is_not_that_of_the_posterior(dtype, config, make_llama, make_adapted, ids):
+    base, expected = make_llama(torch.float32), make_adapted(make_llama(torch.float32), start=True, **config)
+    torch.set_default_dtype(dtype)
+    try:
+        model = make_adapted(base, start=True, **config)
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, own in expected.named_parameters():
+        assert model.get_parameter(name).dtype == own.dtype, name
+    assert torch.equal(logits_of(model, ids), logits_of(expected, ids))
+
+
+def test_a_default_device_is_not_where_a_posterior_is_computed(make_llama):
+    config = SGPLoraConfig(r=4, target_modules=["q_proj"], flow_depth=1)
+    model = make_llama()
+    with torch.device("meta"):
+        adapted = get_peft_model(model, config)
+    assert {p.device.type for n, p in adapted.named_parameters() if ".lora_" in n} <= {"cpu", "meta"}
+    assert active_factors(adapted)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"lambda_max": float("inf")}, "lambda_max=inf: expected a finite number above 0"),
+        ({"q_sd": float("inf")}, "q_sd=inf: expected a finite number above 0"),
+        ({"mean_gain": float("nan")}, "mean_gain=nan: expected a finite number above 0"),
+        ({"lambda_init": 1.5}, "lambda_init must lie in"),
+    ],
+    ids=str,
+)
+def test_a_posterior_that_cannot_be_is_refused_before_a_model_is_touched(setting, message):
+    with pytest.raises(ValueError, match=message):
+        SGPLoraConfig(**setting)

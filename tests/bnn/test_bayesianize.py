@@ -192,3 +192,25 @@ def test_a_loaded_lora_becomes_a_posterior(make_lora, make_llama, ids, tmp_path)
         model = bnn.bayesianize_(lora, **INDUCING)
         torch.testing.assert_close(logits_of(model, ids), expected, rtol=0, atol=1e-4)
         assert {p.requires_grad for f in factors_of(model) for p in f.parameters()} == {trainable}
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_how_the_lora_was_started_does_not_matter_where_the_base_was_kept(start, make_lora, ids):
+    lora = make_lora(init_lora_weights=start)
+    expected = logits_of(lora, ids)
+    model = bnn.bayesianize_(lora, **INDUCING)
+    torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_a_deleted_adapter_alone_had_do_not_matter(make_lora, ids):
+    lora = make_lora()
+    lora.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+    lora.delete_adapter("other")
+    expected = logits_of(lora, ids)
+    model = bnn.bayesianize_(lora, **INDUCING)
+    torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_field_that_is_not_the_posteriors_is_named(make_lora):
+    with pytest.raises(ValueError, match="lora_alpha is no field of the posterior: choose among conditional_noise"):
+        bnn.bayesianize_(make_lora(), lora_alpha=32)

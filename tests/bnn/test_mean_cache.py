@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, vmap
 
 from bnn.inducing import posterior
 from bnn.layers import InducingFactor
@@ -101,3 +103,32 @@ def test_is_not_copied_stale(factor):
     twin = copy.deepcopy(factor)
     twin.raw_loc.mul_(2)
     assert torch.equal(twin.mean_weight(), fresh(twin))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_is_not_used_under_forward_mode_differentiation(factor, warm):
+    """A dual number has the address and the version of its value."""
+    values = dict(factor.named_parameters())
+    with torch.no_grad():
+        if warm:
+            factor.mean_weight()
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(p, torch.ones_like(p)) for name, p in values.items()}
+            tangent = forward_ad.unpack_dual(functional_call(factor, duals, torch.eye(WIDTH))).tangent
+    assert tangent is not None
+    weights = torch.randn(tangent.shape, generator=torch.Generator().manual_seed(0))
+    (factor(torch.eye(WIDTH)) * weights).sum().backward()
+    backward = sum(p.grad.sum() for p in values.values() if p.grad is not None)
+    torch.testing.assert_close((tangent * weights).sum(), backward, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_is_not_used_under_vmap(factor):
+    """Many sets of parameters at once, in the usual recipe."""
+    x = torch.eye(WIDTH)
+    values = {name: torch.stack([p, 1.1 * p]) for name, p in factor.named_parameters()}
+    factor.mean_weight()
+    both = vmap(lambda own: functional_call(factor, own, x))(values)
+    one_by_one = [functional_call(factor, {name: t[i] for name, t in values.items()}, x) for i in range(2)]
+    torch.testing.assert_close(both, torch.stack(one_by_one), rtol=1e-4, atol=1e-5)
+    assert torch.equal(factor.mean_weight(), fresh(factor))

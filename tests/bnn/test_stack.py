@@ -182,3 +182,23 @@ def test_what_is_frozen_stays_so_when_stacked(layer, make_adapted):
     assert sum(is_frozen for is_frozen, _ in factors) == len(factors) // 2
     for (is_frozen, factor), old in zip(factors, before, strict=True):
         assert torch.equal(factor.Z_c, old) == is_frozen
+
+
+def test_parameters_are_only_of_a_sampler_that_owns_them(make_adapted):
+    with pytest.raises(ValueError, match="does not own the parameters: make it with own=True"):
+        Sampler(make_adapted()).parameters()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_gradients_go_to_the_stacks_for_as_long_as_these_are_held(held, make_adapted, ids):
+    """By an optimiser too; when nobody trains the stacks, the model's own parameters can be trained again."""
+    plain, model = make_adapted(), make_adapted()
+    leaves = [p for _, p in Sampler(model, own=True).parameters()]
+    if not held:
+        del leaves
+    expected = own_gradients(plain, ids)
+    found = own_gradients(model, ids)
+    assert found.keys() == (set() if held else expected.keys())
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+    assert not held or all(leaf.grad is not None for leaf in leaves)

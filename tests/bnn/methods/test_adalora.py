@@ -182,6 +182,8 @@ def test_refusals(make_llama, ids, tmp_path):
         adalora(initial_fraction=0.5, final_fraction=0.5)
     with pytest.raises(ValueError, match=r"orthogonality >= 0, got -1"):
         adalora(orthogonality=-1)
+    with pytest.raises(ValueError, match=r"interval >= 1, got 0"):
+        adalora(interval=0)
     with pytest.raises(ValueError, match=r"round\(1.1 \* 4\) must exceed r=4"):
         adapted(make_llama, adalora(init_rank_factor=1.1))
     with pytest.raises(ValueError, match=r"method=adalora ignores peft\.use_rslora=True: leave it out"):

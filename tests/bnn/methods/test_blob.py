@@ -1,5 +1,6 @@
 """BLoB and ScalaBL as methods: training, prediction, saving."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -179,3 +180,16 @@ def test_what_cannot_work_is_refused(make_llama, ids, tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"), method.sample(model, 1, None):
         pass
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_a_copy_made_while_draws_are_live_has_none(cls, make_llama, ids):
+    method = make(cls)
+    model = adapted(method, make_llama())
+    with torch.no_grad():
+        mean = model(input_ids=ids).logits
+        with method.sample(model, 1, seeded()):
+            twin = copy.deepcopy(model)
+        assert torch.equal(twin(input_ids=ids).logits, mean)
+        with method.sample(twin, 1, seeded()):
+            assert not torch.equal(twin(input_ids=ids).logits, mean)

@@ -169,3 +169,9 @@ def test_an_incomplete_or_larger_ensemble_is_refused(trained, make_llama, tmp_pa
         Ensemble(0)
     with pytest.raises(ValueError, match="matches no linear layer"):
         Ensemble(1).adapt(make_llama(), {**LORA, "target_modules": ["q_prj"]})
+
+
+def test_a_start_that_changes_the_shared_base_is_refused(make_llama):
+    with pytest.raises(ValueError, match=r"shares one base model, which peft.init_lora_weights=pissa changes"):
+        Ensemble(2).adapt(make_llama(torch.float32), LORA | {"init_lora_weights": "pissa"})
+    Ensemble(2).adapt(make_llama(), LORA | {"init_lora_weights": "gaussian"})

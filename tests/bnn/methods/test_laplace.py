@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from bnn.methods.base import FitData, Schedule
 from bnn.methods.laplace import Laplace
@@ -284,3 +286,41 @@ def test_mistakes_are_named(model, ids):
         kfac(model, score, [batch_of(ids)], lora_matrices(model, "all"), 8)
     with pytest.raises(ValueError, match="layers='some'"):
         lora_matrices(model, "some")
+
+
+def test_a_matrix_that_is_used_twice_in_a_pass_is_refused(model, ids):
+    """What is captured is one use, and the derivative is the sum over both."""
+    matrices = lora_matrices(model, "all")
+
+    def twice(model, batch):
+        return score(model, batch) + score(model, batch)
+
+    with pytest.raises(ValueError, match="is used more than once in a pass"):
+        kfac(model, twice, [batch_of(ids)], matrices, max_dim=64)
+
+
+def test_the_last_layer_is_the_last_of_the_model_and_not_the_highest_number():
+    towers = nn.ModuleDict(
+        {
+            name: nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)}) for _ in range(depth))
+            for name, depth in (("vision", 4), ("text", 2))
+        }
+    )
+    adapted = get_peft_model(towers, LoraConfig(r=2, target_modules=["up", "down"]))
+    last = {name.partition(".lora_")[0] for name in lora_matrices(adapted, "last")}
+    assert last == {"base_model.model.text.1.up", "base_model.model.text.1.down"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"prior_precision": 0.0}, "a finite prior_precision > 0, got 0.0"),
+        ({"precisions": [1.0, float("inf")]}, "finite precisions > 0"),
+        ({"lr": 0.0}, "a finite lr > 0"),
+        ({"steps": -1}, "steps >= 0, got -1"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        method(**setting)

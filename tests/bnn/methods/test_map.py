@@ -99,3 +99,18 @@ def test_what_is_no_adapter_is_not_decayed(make_llama):
     assert {id(p) for p in decayed["params"]} == {id(named[name]) for name in adapter}
     assert {id(p) for p in others["params"]} == {id(named[name]) for name in named.keys() - adapter}
     assert len(named) > len(adapter)
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [({"use_dora": True}, "magnitude_vector.default.weight"), ({"lora_bias": True}, "B.default.bias")],
+    ids=str,
+)
+def test_the_prior_is_on_both_matrices_alone(setting, other, make_llama):
+    """Not on their biases, nor on DoRA's magnitude, which starts at the base model's norms."""
+    model = MAP(0.1).adapt(make_llama(), LORA | setting)
+    decayed, others = MAP(0.1).parameter_groups(model, lr=0.01, weight_decay=0.0)
+    names = {id(p): name for name, p in trainable(model)}
+    assert all(names[id(p)].endswith((".lora_A.default.weight", ".lora_B.default.weight")) for p in decayed["params"])
+    assert {names[id(p)].rpartition(".lora_")[2] for p in others["params"]} == {other}
+    assert others["weight_decay"] == 0

@@ -177,3 +177,12 @@ def test_a_second_dropout_and_an_adapter_without_are_refused(make_llama):
     plain = MLE().adapt(make_llama(), LORA)
     with pytest.raises(ValueError, match="no dropout to draw"), MCDropout(0.1).sample(plain, 1, None):
         pass
+
+
+def test_a_variant_of_lora_is_refused(make_llama, tmp_path):
+    """PEFT's DoRA applies no dropout outside training: every draw would be the mean."""
+    with pytest.raises(ValueError, match=r"method=mc_dropout needs plain LoRA, but target .* is a Dora"):
+        MCDropout(0.3).adapt(make_llama(), LORA | {"use_dora": True})
+    MLE().save(MLE().adapt(make_llama(), LORA | {"use_dora": True}), tmp_path)
+    with pytest.raises(ValueError, match="method=mc_dropout needs plain LoRA"):
+        MCDropout(0.3).load(make_llama(), tmp_path)

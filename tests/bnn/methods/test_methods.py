@@ -44,7 +44,7 @@ def test_sgp_groups_separate_scales_from_locations(make_llama):
     method = sgp()
     model = method.adapt(make_llama(), LORA)
     others, scales = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
-    names = {id(leaf): n for f in active_factors(model) for n, leaf in f._stack[0].items()}
+    names = {id(leaf): n for f in active_factors(model) for n, leaf in f._leaves().items()}
     assert {names[id(p)] for p in others["params"]} == {"Z_r", "Z_c", "raw_loc"}
     assert {names[id(p)] for p in scales["params"]} == {"raw_D_r", "raw_D_c", "raw_sd", "raw_lambda", "raw_prior_sd"}
     assert (others["lr"], scales["lr"]) == (0.01, pytest.approx(0.03))

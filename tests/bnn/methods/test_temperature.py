@@ -152,6 +152,8 @@ def test_it_trains_as_maximum_likelihood(model, ids):
 def test_refusals(model):
     with pytest.raises(ValueError, match=r"maximum=1.0 must be greater than 1"):
         Temperature(1.0)
+    with pytest.raises(ValueError, match=r"maximum=inf must be greater than 1, and finite"):
+        Temperature(float("inf"))
     with pytest.raises(ValueError, match="validation split is empty"):
         Temperature(2.0).fit(model, score, FitData([], [], 0, 1), torch.Generator())
 

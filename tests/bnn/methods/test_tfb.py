@@ -233,6 +233,8 @@ def test_refusals(model, make_llama):
     with pytest.raises(ValueError, match="is merged"), tfb(0.3).sample(model, 1, seeded()):
         pass
     for change, what in (({"target_modules": ["embed_tokens"]}, "linear layers"), ({"use_dora": True}, "plain LoRA")):
-        odd = tfb().adapt(make_llama(), LORA | change).eval()
+        with pytest.raises(ValueError, match=what):
+            tfb().adapt(make_llama(), LORA | change)
+        odd = MLE().adapt(make_llama(), LORA | change).eval()
         with pytest.raises(ValueError, match=what), tfb(0.3).sample(odd, 1, seeded()):
             pass
