@@ -32,6 +32,7 @@ from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser
 from benchmarks.tuning import NAMES, BySeed, Metrics, Tuning
 from benchmarks.workers import (
     DIVERGED_FILE,
+    SETTINGS,
     TUNED,
     Chain,
     Job,
@@ -42,8 +43,9 @@ from benchmarks.workers import (
     startable,
     tuned,
 )
+from pipeline.run import CONFIGS
 from utils.run import write_json_atomic, write_text_atomic
-from utils.settings import quoted
+from utils.settings import check, check_types, compose, quoted
 
 TUNING_SEEDS = (100, 101, 102)
 """The first screens all settings, the others only finalists."""
@@ -160,6 +162,11 @@ class Comparison(NamedTuple):
             return {}
         return (EARLY_STOPPING if self.early_stopping else {}) | OWN[method]
 
+    def setting_of(self, method: str, name: str) -> Setting | None:
+        """The setting by its name in ``tuning.json``; None for a value of its own that is not tried here."""
+        rate, _, own = name.partition("_")
+        return Setting(float(rate), own or "default") if not own or own in self.own(method) else None
+
     def overrides(
         self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "", more: Sequence[str] = ()
     ) -> tuple[str, ...]:
@@ -176,13 +183,23 @@ class Comparison(NamedTuple):
     def check(self) -> None:
         """Raise ValueError, before any run, for what would undo the comparison."""
         check_common(self.common)
-        own = [by_key(overrides) for method in OWN for overrides in self.own(method).values()]
-        if undone := [key for key in by_key(self.common) if any(key in keys for keys in own)]:
+        own = {key for method in OWN for overrides in self.own(method).values() for key in by_key(overrides)}
+        if undone := [key for key in by_key(self.common) if key in own]:
             raise ValueError(f"{undone[0]} is of the settings that the search tries: leave it out")
+        check_whole(self.common, {*own, EPOCHS})
         if not isinstance(self.times, int) or self.times < 1:
             raise ValueError(f"times is {self.times}: take a whole number from 1 on")
         if self.times > 1 and EPOCHS in by_key(self.common):
             raise ValueError(f"{EPOCHS} is what times multiplies: leave one of them out")
+
+    def check_runs(self, tasks: Collection[str]) -> None:
+        """Raise ValueError for settings with which no run could be made, by any method that trains."""
+        task = next(iter(tasks))
+        for method in RATES:
+            job = self.final_job(task, method, Setting(RATES[method][0]), SEEDS[0])
+            cfg = compose(CONFIGS, [*job.overrides, quoted("paths.output_dir", job.folder)])
+            check(cfg)
+            check_types(cfg, CONFIGS)
 
     def tuning_folder(self, task: str, method: str, setting: str, seed: int) -> Path:
         """Where the search keeps the run of a setting, as ``tuning.json`` names it, with a seed."""
@@ -275,15 +292,18 @@ class Comparison(NamedTuple):
             yield priority, startable(after)
 
     def take_over(self, tasks: Collection[str], known: Tuning) -> None:
-        """Take the runs of a ``tuning.json`` at its word, where none has ended here."""
+        """Take the runs of a ``tuning.json`` at its word, of settings that are tried here and where none has ended."""
         for task, method in itertools.product(tasks, RATES):
             ended = known.unfinished is not None and method not in known.unfinished.get(task, ())
-            for setting, runs in known.of.get(task, {}).get(method, {}).items():
+            for name, runs in known.of.get(task, {}).get(method, {}).items():
+                setting = self.setting_of(method, name)
+                if setting is None:
+                    continue
                 for seed, metrics in runs.items():
-                    leave(self.tuning_folder(task, method, setting, seed) / TUNED, metrics)
+                    leave(self.tuning_job(task, method, setting, seed), TUNED, metrics)
                 if ended and not runs:
-                    first = self.tuning_folder(task, method, setting, TUNING_SEEDS[0])
-                    leave(first / DIVERGED_FILE, "where it was taken from")
+                    first = self.tuning_job(task, method, setting, TUNING_SEEDS[0])
+                    leave(first, DIVERGED_FILE, "where it was taken from")
 
     def searched(self, task: str, method: str) -> tuple[list[Setting], bool]:
         """The settings that the search has come to so far, and whether it has ended."""
@@ -323,10 +343,11 @@ class Comparison(NamedTuple):
         searches = {path: tuning.read(path) for path in known}
         if other := [path for path, search in searches.items() if search.of.keys().isdisjoint(tasks)]:
             raise ValueError(f"{other[0]} has no search of {', '.join(tasks)}: name one that has")
+        self.check_runs(tasks)
         with alone_in(self.out):
+            self.write_lists(self.begun())  # refuses a folder of other settings before any run
             for search in searches.values():
                 self.take_over(tasks, search)
-            self.write_lists(self.begun())  # refuses a folder of other settings before any run
             carry_out([chain for task in tasks for chain in self.chains(task, rules)], jobs, seconds)
             self.write_lists(self.begun())
         if not any((self.out / f"by_{rule}.txt").stat().st_size for rule in RULES):
@@ -369,12 +390,22 @@ def check_common(overrides: Sequence[str]) -> None:
     """Raise ValueError for an override of all runs that sets what differs from run to run."""
     if varied := [key for key in by_key(overrides) if key in VARIED]:
         raise ValueError(f"{varied[0]} differs from run to run here: leave it out")
+    check_whole(overrides, VARIED)
 
 
-def leave(path: Path, what: object) -> None:
-    """Write how a run has ended, unless its folder says so already."""
-    if not any(path.with_name(name).exists() for name in (TUNED, DIVERGED_FILE)):
-        write_json_atomic(path, what)
+def check_whole(overrides: Sequence[str], keys: Collection[str]) -> None:
+    """Raise ValueError for a part of the configuration given as a whole that has one of these keys in it."""
+    for whole, value in by_key(overrides).items():
+        inside = sorted(key for key in keys if key.startswith(f"{whole}."))
+        if inside and value.lstrip().startswith("{"):
+            raise ValueError(f"{whole}={value} may set {inside[0]}, which is set here: name single keys instead")
+
+
+def leave(job: Job, name: str, what: object) -> None:
+    """Write how a run has ended, and with what it was made, unless its folder says so already."""
+    if not any((job.folder / known).exists() for known in (TUNED, DIVERGED_FILE)):
+        write_json_atomic(job.folder / SETTINGS, list(job.overrides))
+        write_json_atomic(job.folder / name, what)
 
 
 def means(runs: Mapping[Key, Mapping[int, Metrics]], seeds: Sequence[int]) -> dict[Key, Metrics]:

@@ -29,13 +29,13 @@ COUNTS = (
     *("seed", "train.epochs", "train.max_steps", "train.batch_size", "train.grad_accum", "train.n_mc"),
     *("train.draws_per_batch", "train.graph_padding", "train.log_every", "train.checkpoint_every"),
     *("eval.n_mc", "eval.every_n_mc", "eval.batch_size", "eval.max_tokens_per_forward"),
-    *("peft.r", *SUBSETS),
+    *("peft.r", "llm.random_init_seed", "inducing.init_seed", "inducing.flow_hidden", *SUBSETS),
 )
 MAY_BE_NULL = ("train.max_steps", "train.graph_padding", "eval.every_n_mc", "train.max_grad_norm", *SUBSETS)
 ABSENT = object()
 ABOVE_0, FINITE = sys.float_info.min, sys.float_info.max
 RANGES = {
-    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("seed", "llm.random_init_seed", "inducing.init_seed"), (0, 2**32 - 1)),
     "train.epochs": (0, sys.maxsize),
     **dict.fromkeys(("opt.lr", "opt.eps", "train.max_grad_norm", "peft.lora_alpha"), (ABOVE_0, FINITE)),
     **dict.fromkeys(("opt.weight_decay", "train.beta"), (0, FINITE)),
@@ -59,6 +59,8 @@ TEXTS = {
     **{"paths.data_dir": "/data", "paths.cache_dir": ".cache/models", "paths.output_dir": "outputs/mine"},
 }
 """With an example each."""
+GROUPS = {"train": "epochs", "eval": "n_mc", "opt": "lr", "peft": "r", "paths": "output_dir", "llm": "tokenizer"}
+"""Groups of the configuration, with a key each."""
 NAMES = {
     "train.on_nonfinite": ("error", "skip"),
     "eval.split": ("train", "validation", "test"),
@@ -86,6 +88,9 @@ def tokenizer_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def check(cfg: DictConfig) -> None:
     """Refuse values that would fail, or mislead, only once training runs. Raises ValueError naming the key."""
+    for group in GROUPS:
+        if not isinstance(cfg[group], DictConfig):
+            raise ValueError(f"{group}={cfg[group]}: expected its keys, such as {group}.{GROUPS[group]}")
     for key in (*COUNTS, *RANGES):
         value = OmegaConf.select(cfg, key, default=ABSENT)
         if value is ABSENT:  # left to the default of who takes it
@@ -93,13 +98,15 @@ def check(cfg: DictConfig) -> None:
         low, high = RANGES.get(key, (1, sys.maxsize))
         kinds = (int,) if key in COUNTS else (int, float)
         if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
-            wanted = f"a whole number, at least {low}" if key in COUNTS else _range(low, high)
+            wanted = _range(low, high) if key not in COUNTS else f"a whole number, at least {low}"
+            if key in COUNTS and type(value) is int and value > high:
+                wanted = f"a whole number, at most {high}"
             raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
     for key in SWITCHES:
         if type(value := OmegaConf.select(cfg, key)) is not bool:
             raise ValueError(f"{key}={value}: expected true or false")
     for key, example in TEXTS.items():
-        if not isinstance(value := OmegaConf.select(cfg, key), str):
+        if not isinstance(value := OmegaConf.select(cfg, key), str) or not value.strip():
             raise ValueError(f"{key}={value}: expected a text such as {example}")
     for key, known in NAMES.items():
         if (value := OmegaConf.select(cfg, key)) not in known:
@@ -113,7 +120,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("eval.keep=best with eval.split=test would choose on test data: set eval.split=validation")
     for key, example in {"peft.target_modules": "[q_proj,v_proj]", "eval.ood": "[arc_e,arc_c]"}.items():
         value = OmegaConf.select(cfg, key)
-        if not (isinstance(value, ListConfig) and all(isinstance(entry, str) for entry in value)):
+        empty = key == "peft.target_modules" and not value
+        if empty or not (isinstance(value, ListConfig) and all(isinstance(entry, str) for entry in value)):
             raise ValueError(f"{key}={value}: expected a list such as {example}")
     changes = {"peft.bias": ("none",), "peft.init_lora_weights": BASE_KEPT}
     for key, harmless in changes.items() if cfg.eval.zero_shot else ():
@@ -156,8 +164,8 @@ def check_types(cfg: DictConfig, configs: Path) -> None:
                 known = value is ABSENT or key in (*COUNTS, *RANGES) or (value is None and key in NULLABLE)
                 if not known and (wanted := _misfit(value, example)):
                     raise ValueError(f"{key}={value}: expected {wanted}")
-    if len(cfg.opt.betas) != 2:
-        raise ValueError(f"opt.betas={cfg.opt.betas}: expected two numbers")
+    if len(cfg.opt.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.opt.betas):
+        raise ValueError(f"opt.betas={cfg.opt.betas}: expected two numbers, at least 0 and below 1")
 
 
 def _misfit(value: Any, example: Any) -> str:

@@ -37,7 +37,7 @@ class AdaLoRA(Method):
         orthogonality: gamma, weight of the penalty, nats.
 
     Raises:
-        ValueError: for fractions that leave no step to prune in, a negative ``orthogonality`` or no ``interval``.
+        ValueError: for fractions that leave no step to prune in, and a value out of its range.
     """
 
     peft_type = "ADALORA"
@@ -59,6 +59,9 @@ class AdaLoRA(Method):
             )
         if orthogonality < 0:
             raise ValueError(f"expected orthogonality >= 0, got {orthogonality}")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 < beta < 1:
+                raise ValueError(f"method=adalora needs {name} in (0, 1), got {beta}")
         if interval < 1:
             raise ValueError(f"method=adalora needs interval >= 1, got {interval}")
         self.init_rank_factor = init_rank_factor

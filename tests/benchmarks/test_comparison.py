@@ -339,6 +339,44 @@ def test_what_is_compared_cannot_be_overridden(override, tmp_path):
         Comparison(tmp_path, ["dtype=float32", override]).run(["sst2_100"], 1)
 
 
+@pytest.mark.parametrize(
+    "override", ["opt={lr: 0.5}", "++opt={lr: 0.5}", "train={epochs: 1}", "inducing={prior_sd_b: 9}"]
+)
+def test_a_group_given_as_a_whole_overrides_nothing_that_is_compared(override, tmp_path):
+    with pytest.raises(ValueError, match=r"may set .*, which is set here: name single keys instead"):
+        Comparison(tmp_path, [override], 2).run(["sst2_100"], 1)
+
+
+def test_what_no_run_could_be_made_with_is_found_before_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "carry_out", lambda *_: pytest.fail("runs were begun"))
+    for override, message in (("peft.rr=4", "unknown key peft.rr"), ("train.batch_size=0", "train.batch_size=0")):
+        with pytest.raises(SystemExit, match=message):
+            comparison.main(["--out", str(tmp_path / "out"), "--tasks", "sst2_100", override])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_taken_over_has_the_settings_of_the_command(tmp_path, monkeypatch):
+    """A later command with others is refused; where there are runs with others, nothing is taken over."""
+    monkeypatch.setattr(comparison, "carry_out", lambda *_: None)
+    runs = {str(seed): {"acc": 0.5, "nll": 0.5, "ece": 0.1} for seed in comparison.TUNING_SEEDS}
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps({"sst2_100": {"mle": {"0.0002": runs, "0.0002_forgotten": runs}}}))
+    made = Comparison(tmp_path / "out", ["dtype=bfloat16"])
+    with pytest.raises(RuntimeError, match="no run on test has finished"):
+        made.run(["sst2_100"], 1, known=[known])
+    assert made.found("sst2_100", "mle", [Setting(2e-4)], comparison.TUNING_SEEDS)
+    assert not list((tmp_path / "out").rglob("*forgotten*"))
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        Comparison(tmp_path / "out", ["dtype=float32"]).run(["sst2_100"], 1)
+    own = Comparison(tmp_path / "own", ["dtype=float32"])
+    job = own.tuning_job("sst2_100", "mle", Setting(6.67e-5), 100)
+    workers.write_json_atomic(job.folder / workers.SETTINGS, list(job.overrides))
+    workers.write_json_atomic(job.folder / workers.TUNED, runs["100"])
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        Comparison(tmp_path / "own", ["dtype=bfloat16"]).run(["sst2_100"], 1, known=[known])
+    assert len(list((tmp_path / "own").rglob(workers.TUNED))) == 1
+
+
 def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, monkeypatch):
     """Also where the runs are of a task that is not asked for, which the lists would hold."""
     old = Comparison(tmp_path, ["dtype=float32"]).tuning_job("sst2_100", "mle", Setting(RATES["mle"][0]), 100)

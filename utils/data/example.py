@@ -11,10 +11,10 @@ class DataError(ValueError):
     """A data set, one of its rows or a data setting cannot be used; the message is one clear line."""
 
 
-def near_matches(name: str, known: Iterable[str]) -> str:
+def near_matches(name: object, known: Iterable[str]) -> str:
     """Suffix for an "unknown name" message: the near matches if any, then every known name."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3)
+    close = difflib.get_close_matches(str(name), names, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{hint}Known: {', '.join(names)}"
 

@@ -41,8 +41,9 @@ def read_jsonl(file: Path) -> Rows:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise DataError(f"{file}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}:{number}: not valid JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:  # also of numbers too long and of lists nested too deep
+                why = getattr(error, "msg", str(error))
+                raise DataError(f"{file}:{number}: not valid JSON ({why}): every line is an object") from error
             if b"\\u" in line and (half := _lone_surrogate(row)):
                 raise DataError(f"{file}:{number}: {half} is half of a character, which is no text: correct the line")
             if not isinstance(row, dict):

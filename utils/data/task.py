@@ -123,7 +123,10 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most:
 
 
 def _render(questions: list[Question], config: TaskConfig) -> list[Example]:
-    template = config.prompt_label if config.scoring == "label" else config.prompt_choice
+    key = "prompt_label" if config.scoring == "label" else "prompt_choice"
+    template = getattr(config, key)
+    if not isinstance(template, str):
+        raise DataError(f"dset.{key}={template}: expected a template, such as '{{question}}'")
     return [render(question, config.scoring, template, config.labels) for question in questions]
 
 
@@ -144,10 +147,15 @@ def _files(config: TaskConfig) -> Loaded:
         if name is None:
             sources[split] = None
             continue
+        if not isinstance(name, str | Path):
+            raise DataError(f"dset.{split}_file={name}: expected the path of a file")
         file = Path(name).expanduser()
         if not file.is_file():
-            raise DataError(f"dset.{split}_file={name} does not exist (looked for {file.absolute()})")
+            what = "is a folder" if file.is_dir() else "does not exist"
+            raise DataError(f"dset.{split}_file={name} {what} (looked for {file.absolute()})")
         sources[split] = rows = _parse(read_jsonl(file), config, split)
+        if not rows.questions:
+            raise DataError(f"{file} holds no rows; correct the file, or name none (dset.{split}_file=null)")
         if split != "train" and all(question.answer is None for question in rows.questions):
             raise DataError(
                 f"{file}: none of {len(rows.questions)} rows has an answer; correct the file, or name none "

@@ -165,7 +165,9 @@ def test_ood_split_is_loaded_or_noted_as_absent(tmp_path, write_rows):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{oops", "not valid JSON"),
+        ("{oops", "not valid JSON .*: every line is an object"),
+        ('{"label": ' + 5000 * "1" + "}", "not valid JSON"),
+        (100_000 * "[", "not valid JSON"),
         ("[1]", "expected a JSON object"),
         ('{"sentence": "s", "label": 2}', "answer 2 is not in 0..1"),
         ('{"label": 1}', "'sentence' is missing"),
