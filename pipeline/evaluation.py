@@ -124,6 +124,7 @@ def finish(run: Run, step: int) -> None:
         if step:  # else nothing was trained: no curves
             plot_curves(run.folder)
         plot_reliability(run.folder)
+    run.claim = None  # another process may go on with the folder
     logger.info("run folder: %s", run.folder)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig
 from bnn.methods import Method
+from pipeline.claim import Claim, claim
 from utils.checkpoint import load_checkpoint
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder, checked
@@ -63,6 +64,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     log: RunLogger
     resumed: dict[str, Any] | None
+    claim: Claim | None
+    """Keeps other processes from the folder until the run has finished; None in all but the main one."""
     skipped: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
@@ -93,6 +96,7 @@ def prepare(cfg: DictConfig) -> Run:
     folder = Path(world.gather(cfg.paths.output_dir)[0])  # the main process's: its name may hold a time
     if not world.main:
         logging.getLogger().setLevel(logging.WARNING)
+    held = claim(folder) if world.main else None
     resumed = load_checkpoint(folder, fingerprint(cfg)) if cfg.resume else None
     if cfg.resume and resumed is None:
         raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
@@ -126,7 +130,7 @@ def prepare(cfg: DictConfig) -> Run:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1) if world.main else NoLogger()
     generator = torch.Generator(world.device)
-    return Run(cfg, folder, world.device, world, method, model, encoder, data, generator, optimizer, log, resumed)
+    return Run(cfg, folder, world.device, world, method, model, encoder, data, generator, optimizer, log, resumed, held)
 
 
 def report_held(cfg: DictConfig, model: Any) -> None:

@@ -151,3 +151,10 @@ def test_default_run_folder_names_data_method_and_seed():
         assert cfg.paths.output_dir.endswith("_quiz_mle_seed7")
         assert cfg.hydra.run.dir == cfg.paths.output_dir
         assert cfg.hydra.job.chdir is False
+
+
+def test_runs_and_sweeps_that_start_together_have_folders_of_their_own():
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        first, second = (hydra.compose("train", return_hydra_config=True) for _ in range(2))
+    assert first.paths.output_dir != second.paths.output_dir
+    assert first.hydra.sweep.dir != second.hydra.sweep.dir

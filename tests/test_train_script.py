@@ -278,6 +278,7 @@ def test_sigint_and_sigkill_then_resume(tmp_path, overrides):
         running[name] = start(overrides(*many, folder=name), tmp_path / f"{name}.log", ("-c", HELD))
     for name, process in running.items():
         wait_for(process, tmp_path / f"{name}.log", "[TRAIN EP 1 | STEP 3]")
+        assert "another process makes a run in" in failure(overrides(*many, "resume=true", folder=name))
         process.send_signal(getattr(signal, name.upper()))
     assert running["sigint"].wait(300) == 1, (tmp_path / "sigint.log").read_text()
     assert running["sigkill"].wait(300) == -signal.SIGKILL
