@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import glob
 import io
 import json
 import math
@@ -11,6 +12,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +27,8 @@ METRICS_FILE = "metrics.jsonl"
 RELIABILITY_FILE = "reliability.json"
 HEADLINE = ("nll", "acc", "ece", "brier")
 PACKAGES = ("torch", "transformers", "peft", "hydra-core", "numpy")
+ABANDONED_SECONDS = 3600.0
+"""A temporary file to which nothing was written for so long is one that a kill has left."""
 T = TypeVar("T")
 
 
@@ -178,13 +183,15 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name only once it is whole.
 
     The bytes go to a temporary file in the same folder, are synced, and replace `path` in one step, so that
-    a kill or an error at any moment leaves the previous file as it was.
+    a kill or an error at any moment leaves the previous file as it was. Of several writers at once, each has a
+    temporary file of its own, and the last to end has written `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    _remove_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -274,6 +281,14 @@ def to_json(value: Any) -> Any:
 
 def _headline(metrics: Mapping[str, float]) -> str:
     return " | ".join(f"{name.upper()}={metrics[name]:.4f}" for name in HEADLINE)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of writers of `path` that were killed."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # its writer has just ended, or it is another user's
+            if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
+                temporary.unlink()
 
 
 def _version(package: str) -> str | None:

@@ -168,5 +168,7 @@ def test_kill_between_write_and_replace(tmp_path):
     state = load_checkpoint(tmp_path, {})
     assert state is not None
     assert state["step"] == 1
+    for path in (tmp_path / FOLDER).iterdir():
+        os.utime(path, (0, 0))
     save_checkpoint(tmp_path, {"fingerprint": {}, "step": 3})
     assert os.listdir(tmp_path / FOLDER) == [FILE]

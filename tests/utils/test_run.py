@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -127,6 +128,34 @@ def test_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, failing):
         run.write_json_atomic(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_each_of_two_writers_has_its_own_file_and_the_last_to_end_stays(tmp_path):
+    path = tmp_path / "record.json"
+    with run.open_atomic(path) as first:
+        first.write(b"long first")
+        with run.open_atomic(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"long first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "plain").touch()
+    run.write_text_atomic(tmp_path / "atomic", "")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_killed_writers_left_is_removed_in_time(tmp_path):
+    path, old = tmp_path / "[1].json", time.time() - 2 * run.ABANDONED_SECONDS
+    names = (".[1].json.0.tmp", ".[1].json.1.tmp", ".1.json.0.tmp", ".[1].json")
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / names[1]).touch()  # is being written
+    run.write_text_atomic(path, "")
+    assert {p.name for p in tmp_path.iterdir()} == {*names[1:], path.name}
 
 
 def test_json_takes_tensors_and_numpy_and_turns_non_finite_into_null(tmp_path):
