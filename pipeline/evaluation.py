@@ -87,11 +87,11 @@ def keep_best(run: Run) -> None:
 
 def fit(run: Run) -> None:
     """What the method determines after training, from training and validation data, alike in every process."""
-    if not run.method.fits:
+    if not run.method.fitted_to:
         return
     run.model.eval()
     train, validation = (eval_batches(run, part, shared=False)[1] for part in (run.data.train, run.data.validation))
-    data = FitData(train, validation, len(run.data.train), run.cfg.eval.max_tokens_per_forward)
+    data = FitData(train, validation, run.schedule.n_train, run.cfg.eval.max_tokens_per_forward)
     found = run.method.fit(run.model, score, data, make_generator(run.cfg.seed, "fit", device=run.device))
     logger.info("fitted: %s", ", ".join(f"{name}={value:.6g}" for name, value in found.items()))
 
@@ -100,7 +100,7 @@ def finish(run: Run, step: int) -> None:
     """Final evaluation on test and the out-of-distribution sets; adapter, predictions and figures."""
     cfg = run.cfg
     keep_best(run)
-    if run.world.main and run.method.fits:  # what training has cost outlasts a fit that fails
+    if run.world.main and run.method.fitted_to:  # what training has cost outlasts a fit that fails
         run.method.save(run.model, run.folder / "adapter")
     fit(run)
     if run.world.main:

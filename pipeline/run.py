@@ -1,20 +1,24 @@
 """A run and its preparation: everything is checked and loaded here, the cheapest first."""
 
 import inspect
+import json
 import logging
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig
-from bnn.methods import Method
+from bnn.methods.base import Method, Schedule
 from pipeline.claim import Claim, claim
 from utils.checkpoint import load_checkpoint
 from utils.data.batch import Batch, choice_scores
@@ -25,8 +29,9 @@ from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
 from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.llm.attention import leave_out_cudnn_attention
+from utils.llm.errors import lacks_memory
 from utils.llm.memory import MemoryPlan, Shape, plan_memory
-from utils.run import NoLogger, RunLogger, check_disk
+from utils.run import METRICS_FILE, NoLogger, RunLogger, check_disk
 from utils.seeding import seed_all
 from utils.settings import (
     check,
@@ -41,8 +46,13 @@ from utils.settings import (
 logger = logging.getLogger("train")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-WRITTEN = ("adapter", "checkpoint", "predictions_*.npz", "reliability.*", "curves.png")
-"""What overwrite=true removes from a run's folder; the rest is written over at once."""
+EVALUATED = ("reliability.*", "predictions_*.npz")
+"""What a run that goes on removes from its folder: the results of its end, which it will come to again."""
+WRITTEN = (*EVALUATED, "adapter", "checkpoint", "curves.png")
+"""What one that starts afresh removes; the rest is written over at once."""
+ADAPTER_CONFIG = "adapter_config.json"
+DAMAGED = (SafetensorError, KeyError, json.JSONDecodeError, HFValidationError, RuntimeError)
+"""Errors of reading an adapter whose files are not what they should be."""
 FREE_DISK_BYTES = 200 * 2**20
 """What a run folder may need: adapter, checkpoint and predictions of the largest supported setting."""
 
@@ -59,6 +69,7 @@ class Run:
     model: PeftModel
     encoder: Encoder
     data: TaskData
+    schedule: Schedule
     generator: torch.Generator
     """Of posterior samples in training; seeded for every step."""
     optimizer: torch.optim.Optimizer
@@ -78,7 +89,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of a pass over the training examples."""
-        return -(-len(self.data.train) // self.per_step)
+        return self.schedule.steps_per_epoch
 
 
 def score(model: nn.Module, batch: Batch) -> Tensor:
@@ -90,17 +101,22 @@ def prepare(cfg: DictConfig) -> Run:
     """Check everything that can be checked cheaply, then load data, tokenizer and model, in this order."""
     check(cfg)
     check_types(cfg, CONFIGS)
-    if (start := cfg.train.init_adapter) is not None and not Path(str(start)).is_dir():
-        raise FileNotFoundError(f"train.init_adapter={start} is no folder: name that of a saved adapter")
+    if (start := cfg.train.init_adapter) is not None:
+        check_adapter(str(start))
     world = World(resolve_device(cfg.device))
     folder = Path(world.gather(cfg.paths.output_dir)[0])  # the main process's: its name may hold a time
     if not world.main:
         logging.getLogger().setLevel(logging.WARNING)
     held = claim(folder) if world.main else None
+    if cfg.overwrite and start is not None and Path(str(start)).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"overwrite=true removes train.init_adapter={start} with its run: set paths.output_dir")
     resumed = load_checkpoint(folder, fingerprint(cfg)) if cfg.resume else None
+    begun = (folder / METRICS_FILE).exists()
     if cfg.resume and resumed is None:
-        raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
-    if world.main and (folder / "metrics.jsonl").exists() and not (cfg.resume or cfg.overwrite):
+        if not begun or (folder / "adapter").exists():
+            raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
+        logger.warning("the run in %s ended before its first checkpoint: it starts afresh", folder)
+    if world.main and begun and not (cfg.resume or cfg.overwrite):
         raise FileExistsError(f"{folder} already holds a run: set resume=true, overwrite=true or paths.output_dir")
     check_disk(folder, FREE_DISK_BYTES)
     leave_out_cudnn_attention()
@@ -113,11 +129,10 @@ def prepare(cfg: DictConfig) -> Run:
             f"{folder} was begun with other training or validation examples: bring those back, or set overwrite=true "
             "to start afresh"
         )
+    if missing := [split for split in method.fitted_to if not getattr(data, split)]:
+        raise ValueError(f"method={cfg.method.name} is fitted to {missing[0]} examples, and there are none: name some")
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
-    try:
-        model = method.load(model, str(start)) if start is not None else method.adapt(model, plain(cfg.peft))
-    except TypeError as error:
-        raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
+    model = adapted(cfg, method, model)
     if start is not None:
         report_held(cfg, model)
     if cfg.train.fsdp:
@@ -125,12 +140,59 @@ def prepare(cfg: DictConfig) -> Run:
     groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
     fused = world.device.type == "cuda"
     optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps, fused=fused)
-    if world.main and cfg.overwrite:
-        for path in (path for pattern in WRITTEN for path in folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    schedule = schedule_of(cfg, method, len(data.train))
+    method.start(model, schedule)  # the last that may refuse to go on: results of a run before are still there
+    if world.main and begun:
+        clear(folder, EVALUATED if resumed else WRITTEN)
     log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1) if world.main else NoLogger()
     generator = torch.Generator(world.device)
-    return Run(cfg, folder, world.device, world, method, model, encoder, data, generator, optimizer, log, resumed, held)
+    parts = (method, model, encoder, data, schedule, generator, optimizer, log)
+    return Run(cfg, folder, world.device, world, *parts, resumed, held)
+
+
+def check_adapter(start: str) -> None:
+    """Raise FileNotFoundError where ``train.init_adapter`` is no folder of an adapter, or of an ensemble's."""
+    folder = Path(start)
+    if not start or not folder.is_dir():
+        raise FileNotFoundError(f"train.init_adapter={start} is no folder: name that of a saved adapter")
+    if not any(folder.glob(pattern) for pattern in (ADAPTER_CONFIG, f"*/{ADAPTER_CONFIG}")):
+        raise FileNotFoundError(f"train.init_adapter={start} holds no {ADAPTER_CONFIG}: name that of a saved adapter")
+    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"train.init_adapter={start} is a run's folder: name {folder / 'adapter'}")
+
+
+def adapted(cfg: DictConfig, method: Method, model: Any) -> Any:
+    """The model with an adapter, new or loaded.
+
+    Raises:
+        ValueError: for a setting of the adapter that does not fit, or a saved one that is damaged or another model's.
+    """
+    start = cfg.train.init_adapter
+    try:
+        return method.load(model, str(start)) if start is not None else method.adapt(model, plain(cfg.peft))
+    except TypeError as error:
+        raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
+    except DAMAGED as error:
+        if start is None or lacks_memory(error):
+            raise
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"train.init_adapter={start} is damaged or of another model ({type(error).__name__}: {why}): take the "
+            "model that it was trained with, or train it again"
+        ) from error
+
+
+def schedule_of(cfg: DictConfig, method: Method, n_train: int) -> Schedule:
+    """How many steps training makes, in all and in a pass over the training examples."""
+    steps_per_epoch = -(-n_train // (cfg.train.batch_size * cfg.train.grad_accum))
+    total = min(steps_per_epoch * cfg.train.epochs, cfg.train.max_steps or sys.maxsize) if method.trains else 0
+    return Schedule(total, steps_per_epoch, n_train)
+
+
+def clear(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Remove what a run before has left in its folder."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def report_held(cfg: DictConfig, model: Any) -> None:

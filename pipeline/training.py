@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnn.methods.base import Schedule, trainable
+from bnn.methods.base import trainable
 from bnn.objective import Loss, beta_at, learning_rate_at, negative_elbo
 from pipeline.compilation import CompiledLayers
 from pipeline.evaluation import evaluate_during
@@ -30,9 +29,7 @@ logger = logging.getLogger("train")
 def train(run: Run) -> int:
     """Maximise the ELBO; returns the number of optimiser steps made in all."""
     cfg, model, optimizer = run.cfg, run.model, run.optimizer
-    per_step, steps_per_epoch = run.per_step, run.steps_per_epoch
-    total = min(steps_per_epoch * cfg.train.epochs, cfg.train.max_steps or sys.maxsize) if run.method.trains else 0
-    run.method.start(model, Schedule(total, steps_per_epoch, len(run.data.train)))
+    per_step, steps_per_epoch, total = run.per_step, run.steps_per_epoch, run.schedule.total_steps
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     step = restore(run, run.resumed) if run.resumed else 0

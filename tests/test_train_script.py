@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,91 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_up(tmp_path, overrides
     assert (folder / "notes.txt").exists()
     assert not equal(parameters(first), parameters(run))
     assert len(evaluations(folder)) == 6  # 3 during training, 3 at the end: none of the first run's
+
+
+def test_a_run_that_cannot_start_leaves_the_one_that_it_would_replace(tmp_path, overrides):
+    execute(overrides("method=mle"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "needs 2 steps or more" in failure(overrides("method=adalora", "overwrite=true", "train.max_steps=1"))
+    start = f"train.init_adapter={tmp_path / 'run' / 'adapter'}"
+    assert "overwrite=true removes train.init_adapter" in failure(overrides("method=mle", start, "overwrite=true"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_log_is_no_obstacle_to_overwriting(tmp_path, overrides):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("garbage\n{}\n")
+    assert evaluations(execute(overrides("overwrite=true")).folder)
+
+
+def test_nothing_is_removed_from_a_folder_that_holds_no_run(tmp_path, overrides):
+    own = tmp_path / "run" / "predictions_of_mine.npz"
+    own.parent.mkdir()
+    own.write_text("the user's own")
+    execute(overrides("overwrite=true"))
+    assert own.exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_resumed_from_the_start(tmp_path, overrides):
+    whole = execute(overrides(folder="whole"))
+    prepare(compose(overrides())).log.close()
+    resumed = execute(overrides("resume=true"))
+    assert equal(parameters(whole), parameters(resumed))
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    assert "holds no checkpoint" in failure(overrides("resume=true")), "its results must not be lost"
+
+
+def test_resuming_a_finished_run_leaves_no_results_of_its_end_before(tmp_path, overrides):
+    """Killed during its evaluation it would pass for a finished one."""
+    execute(overrides())
+    prepare(compose(overrides("resume=true", "eval.n_mc=2"))).log.close()
+    assert not [*(tmp_path / "run").glob("predictions_*"), *(tmp_path / "run").glob("reliability.*")]
+    execute(overrides("resume=true", "eval.n_mc=2"))
+    assert (tmp_path / "run" / "predictions_test_mc2.npz").exists()
+    assert not (tmp_path / "run" / "predictions_test_mc3.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "split"),
+    [
+        (["method=laplace"], "train"),
+        (["method=tfb"], "train"),
+        (["method=temperature"], "validation"),
+        (["method=laplace", "method.factory.precision_by=validation"], "validation"),
+    ],
+    ids=str,
+)
+def test_what_a_method_is_fitted_to_must_be_there_before_anything_is_written(tmp_path, overrides, method, split):
+    none = ["dset.train_file=null"] if split == "train" else []
+    data = [*none, *(["dset.validation_file=null", "dset.train_file=null"] if split == "validation" else [])]
+    message = failure(overrides(*method, *data))
+    assert_one_line(message)
+    wanted = "train" if "method=laplace" in method else split
+    assert f"is fitted to {wanted} examples, and there are none" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("damage", ["weights", "no weights", "config", "of another width", "run folder", "not json"])
+def test_an_adapter_that_cannot_be_loaded_is_told_in_one_line(tmp_path, overrides, damage):
+    adapter = execute(overrides("method=mle", "train.max_steps=1", folder="old")).folder / "adapter"
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    more = []
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "config":
+        config.write_text("{}")
+    elif damage == "not json":
+        config.write_text("{")
+    elif damage == "of another width":
+        more = ["llm.architecture.hidden_size=64"]
+    else:
+        adapter = adapter.parent
+    message = failure(overrides("method=mle", f"train.init_adapter={adapter}", *more))
+    assert_one_line(message)
+    assert f"train.init_adapter={adapter}" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, overrides):

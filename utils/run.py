@@ -54,7 +54,7 @@ class RunLogger:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._stream = stream
         path = self.run_dir / METRICS_FILE
-        kept = read_metrics(self.run_dir) if path.exists() else []
+        kept = read_metrics(self.run_dir) if path.exists() and resumed_step != -1 else []
         if resumed_step is not None:
             kept = [record for record in kept if record["step"] <= resumed_step and record["kind"] != "final"]
         with open_atomic(path) as file:

@@ -73,8 +73,8 @@ class Method:
     """Whether prediction needs samples; if not, one deterministic pass is the prediction."""
     trains = True
     """Whether there is anything to train by gradient steps."""
-    fits = False
-    """Whether ``fit`` has anything to do after training."""
+    fitted_to: tuple[str, ...] = ()
+    """Splits that ``fit`` reads after training: none where it has nothing to do."""
     peft_type = "LORA"
     """PEFT's name for the adapters that ``load`` takes."""
 

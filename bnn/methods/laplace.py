@@ -42,7 +42,6 @@ class Laplace(MLE):
     """
 
     stochastic = True
-    fits = True
 
     def __init__(
         self,
@@ -68,6 +67,7 @@ class Laplace(MLE):
             raise ValueError(f"method=laplace needs steps >= 0, got {steps}")
         self.layers = layers
         self.precision_by = precision_by
+        self.fitted_to = ("train", "validation") if precision_by == "validation" else ("train",)
         self.prior_precision = prior_precision
         self.steps = steps
         self.lr = lr

@@ -32,7 +32,7 @@ class Scaled(Method):
         ValueError: for a maximum of 1 or less, or none.
     """
 
-    fits = True
+    fitted_to = ("validation",)
 
     def __init__(self, maximum: float, draws: int | None = None, **of: Any) -> None:
         if not 1 < maximum < math.inf:

@@ -45,7 +45,7 @@ class TFB(MLE):
     """
 
     stochastic = True
-    fits = True
+    fitted_to = ("train",)
 
     def __init__(
         self,

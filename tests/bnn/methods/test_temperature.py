@@ -95,7 +95,7 @@ def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
     before = predict(method, model, data.validation)
     assert torch.equal(before, predict(MLE(), model, data.validation))  # T = 1
     found = method.fit(model, score, data, torch.Generator())
-    assert method.fits
+    assert method.fitted_to == ("validation",)
     assert found == {"temperature": method.T, "at_bound": 0}
     assert abs(math.log(method.T)) > 0.1
     after = predict(method, model, data.validation, n=6)

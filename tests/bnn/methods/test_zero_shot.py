@@ -21,7 +21,7 @@ def test_predictions_are_the_base_models_also_after_saving(make_llama, ids, tmp_
 
 def test_it_is_one_deterministic_prediction_without_training():
     method = ZeroShot()
-    assert (method.trains, method.stochastic, method.fits) == (False, False, False)
+    assert (method.trains, method.stochastic, method.fitted_to) == (False, False, ())
     assert method.modes(10) == ["mean"]
 
 
