@@ -171,6 +171,23 @@ def test_processes_end_without_an_abort_while_torch_still_holds_their_group(tmp_
         by_two(str(script))
 
 
+WAIT = """
+import torch, torch.distributed as dist
+from utils.distributed import LONGEST_WAIT, World
+
+world = World(torch.device("cpu"))
+timeout = dist.group.WORLD._get_backend(world.device).options._timeout
+assert timeout == LONGEST_WAIT, timeout
+world.close()
+"""
+
+
+def test_processes_wait_for_a_download_of_rank_0(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text(WAIT)
+    by_two(str(script))
+
+
 def test_only_rank_0_reads_weights_that_will_be_sharded(overrides):
     cfg = compose(CONFIGS, overrides("train.fsdp=true"))
     for rank in (0, 1):

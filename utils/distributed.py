@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from utils.llm.layers import decoder_layers
 
+LONGEST_WAIT = timedelta(hours=24)
+"""Of one process for others: while rank 0 fetches and reads a model, the rest wait (torch's own: 10 or 30 minutes)."""
 T = TypeVar("T")
 
 
@@ -36,7 +39,7 @@ class World:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = 0, 1, device
         if started_several():
-            state = PartialState(cpu=device.type == "cpu")
+            state = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
             self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
         if self.device.type == "cuda":  # CUDA graphs are recorded on the current device
             torch.cuda.set_device(self.device)
