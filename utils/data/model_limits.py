@@ -22,7 +22,7 @@ def position_limit(model: Any) -> int | None:
 
     Raises:
         DataError: If the attention implementation would ignore or misread the mask, a layer is neither
-            full nor sliding attention, or the model does not take position ids.
+            full nor sliding attention, or the model does not take position ids or uses ALiBi instead.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
@@ -35,6 +35,10 @@ def position_limit(model: Any) -> int | None:
     missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(base.forward).parameters)
     if missing:
         raise DataError(f"{name}.forward does not take {' or '.join(sorted(missing))}; use another model")
+    if getattr(config, "alibi", False):
+        raise DataError(
+            f"{name} has alibi=True; packed choices need position ids, which that ignores: use another model"
+        )
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - _PLAIN_LAYERS:
         odd = ", ".join(sorted(layers - _PLAIN_LAYERS))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -195,3 +196,9 @@ def test_other_attention_implementations_are_rejected():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager")
     with pytest.raises(DataError, match=r"attn_implementation='eager'.*sdpa"):
         position_limit(model)
+
+
+def test_alibi_instead_of_position_ids_is_rejected():
+    config = FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True)
+    with pytest.raises(DataError, match=r"Falcon.* has alibi=True.*use another model"):
+        position_limit(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
