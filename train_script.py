@@ -24,10 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.evaluation import finish
 from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import train
+from utils.distributed import started_several
 from utils.run import environment_record, write_json_atomic
 from utils.settings import one_line
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
+NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null")
+"""Hydra writes nothing with these. Its folder is named by the time, which is another in every process."""
 USER_ERRORS = (
     *(ValueError, OSError, RuntimeError, MemoryError, FloatingPointError),
     *(OmegaConfBaseException, HydraException),
@@ -76,10 +79,15 @@ def main(cfg: DictConfig) -> None:
 
 
 def launch(application: Callable[[], None]) -> None:
-    """Start a Hydra application; mistakes on the command line, errors of a sweep and Ctrl-C end in one line too."""
+    """Start a Hydra application; mistakes on the command line, errors of a sweep and Ctrl-C end in one line too.
+
+    Of several processes with one run, only the main one has a folder made.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if started_several() and os.environ.get("RANK", "0") != "0":
+        sys.argv += NO_FOLDER
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
         application()

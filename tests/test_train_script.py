@@ -1024,6 +1024,16 @@ def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     assert log.read_text().splitlines()[-1] == failure(overrides("train.epoch=3"))
 
 
+@pytest.mark.parametrize("extra", [(), ("hydra.run.dir=outputs/here",)])
+def test_of_several_processes_the_main_one_alone_has_a_folder(tmp_path, monkeypatch, extra):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert "opt.lr=0: expected" in failure(["opt.lr=0", *extra])
+        assert [path.name for path in tmp_path.iterdir()] == ([] if rank == "1" else ["outputs"])
+
+
 # Out of distribution
 
 
