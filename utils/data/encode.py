@@ -1,12 +1,13 @@
 """Encoder: from examples to token ids, with every check that can be made before a model is run."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from utils.data.batch import Batch
-from utils.data.example import Choice, DataError, Example, TaskData, near_matches
+from utils.data.example import DataError, Example, TaskData, near_matches
 from utils.data.pack import Encoded, pack
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,10 @@ class Encoder:
     def encode(self, example: Example) -> Encoded:
         """Token ids of one example, cached.
 
-        A choice is what encoding prompt + choice adds to encoding the prompt, where the latter is a prefix
-        of the former (so leading blanks come out right with every tokenizer), else encoded by itself.
+        A choice is what encoding prompt + context + text adds to encoding the prompt, so leading blanks come out right
+        with every tokenizer. Scored is what the text adds to prompt + context. Where a choice cannot be split so,
+        because a token reaches over the seam, every choice of the example is scored from the end of the tokens that
+        all begin with: whole texts are compared, in the tokenizer's own tokens.
         """
         if example not in self._cache:
             self._cache[example] = self._encode(example)
@@ -58,30 +61,24 @@ class Encoder:
 
     def _encode(self, example: Example) -> Encoded:
         stems = [example.prompt + choice.context for choice in example.choices]
-        whole = [stem + choice.text for stem, choice in zip(stems, example.choices, strict=True)]
-        prompt, *rest = self._ids([example.prompt, *stems, *whole])
+        texts = [stem + choice.text for stem, choice in zip(stems, example.choices, strict=True)]
+        prompt, *rest = self._ids([example.prompt, *stems, *texts])
         n = len(example.choices)
-        choices, unscored = [], []
-        for choice, stem_ids, whole_ids in zip(example.choices, rest[:n], rest[n:], strict=True):
-            context, text = self._split(prompt, stem_ids, whole_ids, choice)
-            if not text:
+        stem_ids, whole = rest[:n], rest[n:]
+        for choice, stem, ids in zip(example.choices, stem_ids, whole, strict=True):
+            if ids in ([], stem):
                 raise DataError(f"example {example.id!r}: choice {choice.text!r} has no tokens")
-            choices.append(context + text)
-            unscored.append(len(context))
+        splits = all(s[: len(prompt)] == prompt and w[: len(s)] == s for s, w in zip(stem_ids, whole, strict=True))
+        shared = len(prompt) if splits else min(_alike(prompt, ids) for ids in whole)
+        choices = [ids[shared:] for ids in whole]
+        unscored = [len(stem) - shared if splits else 0 for stem in stem_ids]
+        prompt = prompt[:shared]
         has_bos = bool(self._bos) and prompt[:1] == self._bos
         prompt = prompt if has_bos else self._bos + prompt
         return Encoded(prompt or [self._pad], choices, unscored)  # an empty prompt needs one token to predict from
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    def _split(
-        self, prompt: list[int], stem: list[int], whole: list[int], choice: Choice
-    ) -> tuple[list[int], list[int]]:
-        if stem[: len(prompt)] == prompt and whole[: len(stem)] == stem:
-            return stem[len(prompt) :], whole[len(stem) :]
-        context, text = self._ids([choice.context, choice.text])
-        return context, text
 
     def length(self, example: Example) -> int:
         """Packed length of one example in tokens."""
@@ -159,6 +156,12 @@ class Encoder:
         if num_choices is not None and most > num_choices:
             raise ValueError(f"an example has {most} choices, more than num_choices={num_choices}")
         return pack(examples, encoded, self.scoring == "choice_mean", num_choices or most, self._pad, multiple)
+
+
+def _alike(start: list[int], whole: list[int]) -> int:
+    """How many tokens both begin with, all but the last of ``whole`` at most."""
+    pairs = zip(start, whole[:-1], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def checked(data: TaskData, encoder: Encoder, limit: int | None) -> TaskData:

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from utils.data.encode import Encoder
 from utils.data.example import Choice, DataError, Example
@@ -19,9 +21,42 @@ def test_choice_tokens_are_what_they_add_to_the_prompt(tokenizer, bos_tokenizer,
     assert with_bos.choices == plain.choices
 
 
-def test_choice_that_merges_with_the_prompt_is_encoded_by_itself(tokenizer):
+def test_choices_of_which_one_merges_with_the_prompt_are_scored_from_the_same_tokens(tokenizer):
+    """In the tokens of the whole texts: ` cat` is one, ` cas` is not."""
     encoded = Encoder(tokenizer, "choice_sum", 99).encode(labelled("t", "s", prompt="the ca"))
-    assert tokenizer.decode(encoded.choices[0]) == "t"
+    assert [tokenizer.decode(ids) for ids in (encoded.prompt, *encoded.choices)] == ["the", " cat", " cas"]
+    for choice, text in zip(encoded.choices, ("the cat", "the cas"), strict=True):
+        assert encoded.prompt + choice == tokenizer(text)["input_ids"]
+    assert encoded.unscored == [0, 0]
+
+
+def sentencepiece_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """As Llama-2's: a text begins with a blank, which is part of a word's token."""
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
+    tokens = dict.fromkeys(["<unk>", *"".join(words), *(left + right for left, right in merges)])
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<unk>")
+
+
+def test_cloze_of_which_an_option_merges_with_its_suffix_is_scored_in_the_tokens_of_the_text():
+    tokenizer = sentencepiece_tokenizer("▁the", "▁cats", "▁trophy", "▁are", "▁nice")
+    merged = Example("x", "the", (Choice("s are nice", " cat"), Choice("s are nice", " trophy")), 0)
+    encoded = Encoder(tokenizer, "choice_sum", 99).encode(merged)
+    texts = [tokenizer.convert_ids_to_tokens(ids) for ids in (encoded.prompt, *encoded.choices)]
+    assert texts == [["▁the"], ["▁cats", "▁are", "▁nice"], ["▁trophy", "s", "▁are", "▁nice"]]
+    assert encoded.unscored == [0, 0]
+    clean = Example("x", "the", (Choice(" are nice", " cat"), Choice(" are nice", " trophy")), 0)
+    encoded = Encoder(tokenizer, "choice_sum", 99).encode(clean)
+    assert encoded.unscored == [1, 1]
+    assert [tokenizer.decode(ids) for ids in encoded.choices] == ["▁cat ▁are ▁nice", "▁trophy ▁are ▁nice"]
+
+
+def test_a_choice_that_adds_no_token_is_an_error():
+    tokenizer = sentencepiece_tokenizer("▁the", "▁cat")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(DataError, match=r"'x': choice ' ' has no tokens"):
+        Encoder(tokenizer, "choice_sum", 99).encode(labelled("cat", " "))
 
 
 def test_empty_prompt_still_has_a_position_to_predict_from(tokenizer, bos_tokenizer):
