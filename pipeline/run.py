@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder, checked
 from utils.data.example import DataError, TaskData
 from utils.data.model_limits import position_limit
+from utils.data.order import length_sorted
 from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
 from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
@@ -241,23 +242,36 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
 def plan(
     cfg: DictConfig, world: World, data: TaskData, encoder: Encoder, dtype: torch.dtype, llm: dict[str, Any]
 ) -> MemoryPlan:
-    """The memory that the longest training batch will need."""
+    """The memory that the longest training batch and the evaluations will need."""
     longest = sorted(data.train or data.test, key=encoder.length)[-cfg.train.batch_size :]
     graphs = cfg.train.graph_padding is not None and world.device.type == "cuda"
-    batch = encoder.collate(longest, multiple=cfg.train.graph_padding if graphs else 1)
+    tokens, keep = encoder.widths(longest, cfg.train.graph_padding if graphs else 1)
     rows = min(cfg.train.batch_size, -(-cfg.train.batch_size * cfg.train.grad_accum // world.size))
     sizes = (cfg.inducing.inducing_rows, cfg.inducing.inducing_cols) if "posterior" in cfg.method.factory else ()
     keys = inspect.signature(load_config).parameters
     return plan_memory(
         load_config(**{key: value for key, value in llm.items() if key in keys})[0],
-        Shape(min(rows, len(longest)) * cfg.train.n_mc, batch.input_ids.shape[1], batch.keep),
+        Shape(min(rows, len(longest)) * cfg.train.n_mc, tokens, keep),
         dtype=dtype,
         device=world.device,
         quantization=plain(cfg.quantization),
         targets=plain(cfg.peft)["target_modules"],
         rank=max((cfg.peft.r, *sizes)),
         checkpointing=cfg.llm.gradient_checkpointing,
-        eval_tokens=cfg.eval.max_tokens_per_forward,
+        evaluation=evaluation_shapes(cfg, world, data, encoder),
         shards=world.size if cfg.train.fsdp else 1,
         graphs=graphs,
     )
+
+
+def evaluation_shapes(cfg: DictConfig, world: World, data: TaskData, encoder: Encoder) -> list[Shape]:
+    """The forward passes of evaluation, each with as many samples as may share it (see ``bnn.predictive.predict``)."""
+    samples, found = max(cfg.eval.n_mc, cfg.eval.every_n_mc or 1), []
+    for examples in (getattr(data, cfg.eval.split), data.validation, data.test, *data.ood.values()):
+        lengths = [encoder.length(example) for example in examples]
+        batches = [chosen for _, chosen in length_sorted(examples, lengths, cfg.eval.batch_size)]
+        passes = [Shape(-(-len(chosen) // world.size), *encoder.widths(chosen)) for chosen in batches]
+        largest = max((own.rows * own.tokens for own in passes), default=1)
+        together = max(1, min(samples, cfg.eval.max_tokens_per_forward // largest))
+        found += [replace(own, rows=together * own.rows) for own in passes]
+    return found

@@ -28,6 +28,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_runs import exit_message
 from torch import Tensor
 
+import pipeline.evaluation
 import pipeline.run
 import train_script as ts
 from bnn.methods.base import trainable
@@ -36,11 +37,13 @@ from bnn.metrics import evaluate_predictions
 from bnn.objective import beta_at, learning_rate_at
 from pipeline import training
 from pipeline.evaluation import finish, logits_of
-from pipeline.run import Run, prepare
+from pipeline.run import Run, evaluation_shapes, prepare, score
 from pipeline.training import accumulate, train
+from utils.data.batch import Batch
 from utils.data.order import nth_batch
 from utils.distributed import World
 from utils.llm import load_model
+from utils.llm.memory import Shape
 from utils.run import read_metrics
 from utils.settings import fingerprint, model_settings
 
@@ -765,13 +768,36 @@ def test_the_memory_estimate_has_the_rows_of_a_forward(overrides, monkeypatch, b
     run = prepare(compose(overrides(f"train.batch_size={batch_size}", f"train.grad_accum={grad_accum}")))
     world = World(torch.device("cpu"))
     world.size = size
-    data: Any = SimpleNamespace(train=2 * run.data.train)
+    data: Any = SimpleNamespace(train=2 * run.data.train, validation=[], test=[], ood={})
     micro = world.micro_batches(data.train[: batch_size * grad_accum], batch_size)
     planned = []
     monkeypatch.setattr(pipeline.run, "plan_memory", lambda config, shape, **_: planned.append(shape.rows))
     monkeypatch.setattr(pipeline.run, "load_config", lambda: [None])
     pipeline.run.plan(run.cfg, world, data, run.encoder, torch.float32, {})
     assert planned == [max(len(examples) for examples, _ in micro)]
+
+
+@pytest.mark.parametrize(("tokens", "batch_size"), [(1, 2), (100, 2), (100_000, 2), (100_000, 4)])
+def test_the_memory_estimate_has_the_forwards_of_an_evaluation(overrides, monkeypatch, tokens, batch_size):
+    """Rows, tokens and kept positions of all, whichever split they are of and however many samples go at once."""
+    settings = (f"eval.max_tokens_per_forward={tokens}", f"eval.batch_size={batch_size}", "eval.n_mc=3")
+    run = prepare(compose(overrides(*settings)))
+    run.data.ood["long"] = [dataclasses.replace(run.data.test[0], prompt="long " * 9)]
+    planned = evaluation_shapes(run.cfg, run.world, run.data, run.encoder)
+    made: list[Shape] = []
+
+    def counting(model: Any, batch: Batch) -> Tensor:
+        made.append(Shape(*batch.input_ids.shape, batch.keep))
+        return score(model, batch)
+
+    monkeypatch.setattr(pipeline.evaluation, "score", counting)
+    for examples in (run.data.validation, run.data.test, run.data.ood["long"]):
+        logits_of(run, examples, 3, "test")
+    sizes = [(own.rows * own.tokens, own.rows * own.keep) for own in made]
+    assert {(own.rows * own.tokens, own.rows * own.keep) for own in planned} <= set(sizes)
+    assert [max(column) for column in zip(*sizes, strict=True)] == [
+        max(own.rows * getattr(own, name) for own in planned) for name in ("tokens", "keep")
+    ]
 
 
 def test_tokens_per_forward_and_batch_size_do_not_change_predictions(overrides):

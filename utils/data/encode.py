@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.data.batch import Batch
 from utils.data.example import DataError, Example, TaskData, near_matches
-from utils.data.pack import Encoded, pack
+from utils.data.pack import Encoded, pack, widths
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,11 @@ class Encoder:
     def length(self, example: Example) -> int:
         """Packed length of one example in tokens."""
         return self.encode(example).length
+
+    def widths(self, examples: Sequence[Example], multiple: int = 1) -> tuple[int, int]:
+        """Tokens of a row of the batch that ``collate`` packs, and positions of it whose logits are formed."""
+        start, total = widths([self.encode(example) for example in examples], multiple)
+        return total, total - start + 1
 
     def check(self, examples: Sequence[Example], position_limit: int | None = None) -> list[Example]:
         """Check examples before any model work.

@@ -37,8 +37,7 @@ def pack(
     `multiple`, so that batches come in few shapes.
     """
     n, c = len(encoded), num_choices
-    start = _up(max(len(e.prompt) for e in encoded), multiple)  # first column of the choice region
-    total = start + _up(max(e.length - len(e.prompt) for e in encoded), multiple)
+    start, total = widths(encoded, multiple)
     longest = max(len(ids) - u for e in encoded for ids, u in zip(e.choices, e.unscored, strict=True))
     longest = longest if longest == 1 else _up(longest, multiple)
     input_ids = torch.full((n, total), pad)
@@ -78,6 +77,12 @@ def pack(
         answer=torch.tensor([example.answer for example in examples]),
         keep=total - start + 1,
     )
+
+
+def widths(encoded: list[Encoded], multiple: int = 1) -> tuple[int, int]:
+    """First column of the choice region, and number of columns, of a packed batch."""
+    start = _up(max(len(e.prompt) for e in encoded), multiple)
+    return start, start + _up(max(e.length - len(e.prompt) for e in encoded), multiple)
 
 
 def _up(size: int, multiple: int) -> int:

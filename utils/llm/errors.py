@@ -5,8 +5,8 @@ import re
 import torch
 
 LESS_MEMORY = (
-    "set quantization=nf4, llm.gradient_checkpointing=true, a smaller train.batch_size (with train.grad_accum) or "
-    "eval.max_tokens_per_forward, or choose a smaller model"
+    "set quantization=nf4, llm.gradient_checkpointing=true, a smaller train.batch_size (with train.grad_accum), "
+    "eval.batch_size or eval.max_tokens_per_forward, or choose a smaller model"
 )
 """What a user can do about a want of memory."""
 SAID = re.compile(r"out of memory|can't allocate memory|CU\w+_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")

@@ -27,7 +27,7 @@ UNCERTAIN = 0.25
 
 @dataclass(frozen=True)
 class Shape:
-    """A forward pass in training: rows (samples included), tokens of a row, and positions whose logits are formed."""
+    """A forward pass: rows (samples included), tokens of a row, and positions of it whose logits are formed."""
 
     rows: int
     tokens: int
@@ -74,7 +74,7 @@ def plan_memory(
     targets: Sequence[str],
     rank: int,
     checkpointing: bool,
-    eval_tokens: int,
+    evaluation: Sequence[Shape],
     shards: int = 1,
     graphs: bool = False,
 ) -> MemoryPlan:
@@ -83,7 +83,8 @@ def plan_memory(
     Activations count, for every token and layer, 7 * hidden + 4 * intermediate numbers kept for the backward pass
     (fits PEFT's LoRA on Llama-2-7B with fused attention, measured at 512 and 2048 tokens), or with checkpointing the
     hidden state alone and one layer in full; and the kept logits with their gradient, some of them in float32.
-    Evaluation keeps nothing but logits.
+    Evaluation has those of one layer, 4 * hidden + 3 * intermediate numbers for every token (measured there too), and
+    after the last layer the logits.
 
     Args:
         config: of the language model.
@@ -94,7 +95,7 @@ def plan_memory(
         targets: suffixes of the names of the adapted modules.
         rank: r, or the larger inducing size: an adapter has about rank * (d_in + d_out) numbers.
         checkpointing: whether activations are recomputed.
-        eval_tokens: bound on the tokens of a forward pass in evaluation.
+        evaluation: of the forward passes in evaluation.
         shards: processes that share the frozen weights.
         graphs: whether training steps are CUDA graphs, which keep their memory while a batch of a new shape runs.
     """
@@ -104,20 +105,26 @@ def plan_memory(
     hidden, inner = text.hidden_size, intermediate_size(text)
     kept = hidden if checkpointing else 7 * hidden + 4 * inner
     once = 7 * hidden + 4 * inner if checkpointing else 0
-    tokens, scored = shape.rows * shape.tokens, shape.rows * shape.keep
-    training = tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
-    in_float32 = min(scored, max(shape.keep, AT_ONCE // text.vocab_size))
-    transient = 4 if dtype == torch.float32 else 8  # bytes: what becomes the gradient, and a copy unless it is float32
-    training += (scored * 2 * dtype.itemsize + in_float32 * transient) * text.vocab_size
+    training = shape.rows * shape.tokens * (kept * text.num_hidden_layers + once) * dtype.itemsize
+    training += logits_bytes(shape, text.vocab_size, dtype, copies=2)
     training *= 2 if graphs else 1
-    evaluation = eval_tokens * shape.keep // shape.tokens * text.vocab_size * dtype.itemsize
+    layer = max((own.rows * own.tokens for own in evaluation), default=0) * (4 * hidden + 3 * inner) * dtype.itemsize
+    logits = max((logits_bytes(own, text.vocab_size, dtype, copies=1) for own in evaluation), default=0)
     adapter = STATE_BYTES * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))
     return MemoryPlan(
         model=weight_bytes(model, quantization) // shards,
         adapter=adapter,
-        activations=max(training, evaluation),
+        activations=max(training, layer, logits),
         available=available_bytes(device),
     )
+
+
+def logits_bytes(shape: Shape, vocabulary: int, dtype: torch.dtype, copies: int) -> int:
+    """Bytes of the logits that are formed, ``copies`` times, and of those that are in float32 at once."""
+    scored = shape.rows * shape.keep
+    in_float32 = min(scored, max(shape.keep, AT_ONCE // vocabulary))
+    transient = 4 if dtype == torch.float32 else 8  # bytes: what comes of them, and a copy unless they are float32
+    return (scored * copies * dtype.itemsize + in_float32 * transient) * vocabulary
 
 
 def adapted(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:

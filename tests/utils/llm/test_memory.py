@@ -38,7 +38,7 @@ def estimate(config: PreTrainedConfig, shape: Shape = SHAPE, **changes: object) 
         "targets": TARGETS,
         "rank": 8,
         "checkpointing": False,
-        "eval_tokens": 1,
+        "evaluation": [],
     }
     return plan_memory(config, shape, **settings | changes)  # type: ignore[arg-type]
 
@@ -74,6 +74,16 @@ def test_the_estimate_is_near_the_measured_peak(workload, shape):
         assert found.total == pytest.approx(record[label][workload]["peak_bytes"], rel=0.05)
 
 
+def test_the_estimate_of_an_evaluation_is_near_the_measured_peak():
+    """Beyond the weights: 0.99 GB more for 80 rows than for one."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "speed_7b.json").read_text())["results"]["LoRA (bfloat16)"]
+    few, many = (record[f"1 pass {rows}x128"]["peak_bytes"] for rows in (1, 80))
+    config, settings = config_of("llama2_7b"), {"dtype": torch.bfloat16, "shape": Shape(0, 0, 0)}
+    one, all_ = (estimate(config, evaluation=[Shape(rows, 128, 1)], **settings) for rows in (1, 80))
+    assert all_.activations - one.activations == pytest.approx(many - few, rel=0.02)
+    assert all_.total == pytest.approx(many, rel=0.01)
+
+
 def larger(shape: Shape, **factors: int) -> Shape:
     return replace(shape, **{name: factor * getattr(shape, name) for name, factor in factors.items()})
 
@@ -86,7 +96,9 @@ def test_what_takes_more_memory():
     assert estimate(config, larger(shape, keep=2)).activations > base.activations
     assert estimate(config, shape, checkpointing=True).activations < base.activations / 5
     assert estimate(config, shape, dtype=torch.bfloat16).total < 0.6 * base.total
-    assert estimate(config, shape, eval_tokens=10**7).activations > base.activations
+    assert estimate(config, shape, evaluation=[Shape(32, 128, 1)]).activations == base.activations
+    assert estimate(config, shape, evaluation=[shape, Shape(32, 4096, 1)]).activations > base.activations
+    assert estimate(config, shape, evaluation=[Shape(32, 4096, 4096)]).activations > 10 * base.activations, "logits"
     assert estimate(config, shape, graphs=True).activations == 2 * base.activations
     assert estimate(config, shape, shards=4).model == base.model // 4
 
@@ -112,7 +124,7 @@ def test_it_refuses_what_cannot_fit_and_nothing_else():
     )
     plan.check()
     replace(plan, available=100).check()  # activations are uncertain by a quarter
-    with pytest.raises(LLMLoadError, match="cannot fit; set quantization=nf4"):
+    with pytest.raises(LLMLoadError, match=r"cannot fit; set quantization=nf4, .* eval\.batch_size or"):
         replace(plan, available=99).check()
 
 
