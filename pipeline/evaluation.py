@@ -11,7 +11,7 @@ from bnn.methods import Method
 from bnn.methods.base import FitData, trainable
 from bnn.metrics import auroc, evaluate_predictions, mutual_information, predictive_entropy, reliability_bins
 from pipeline.run import Run, score
-from utils.data.batch import Batch
+from utils.data.batch import Moved
 from utils.data.example import Example
 from utils.data.order import length_sorted
 from utils.plots import plot_curves, plot_reliability
@@ -21,8 +21,8 @@ from utils.seeding import make_generator
 logger = logging.getLogger("train")
 
 
-def eval_batches(run: Run, examples: Sequence[Example], shared: bool) -> tuple[list[int], list[Batch]]:
-    """Batches by length on the device, and the index of the example in each of their rows.
+def eval_batches(run: Run, examples: Sequence[Example], shared: bool) -> tuple[list[int], Moved]:
+    """Batches by length, on the device while they are used, and the index of the example in each of their rows.
 
     ``shared``: only this process's rows (``World.rows``), the padding of the whole batch.
     """
@@ -34,8 +34,8 @@ def eval_batches(run: Run, examples: Sequence[Example], shared: bool) -> tuple[l
             rows = run.world.rows(len(chosen))
             indices, batch = indices[rows], batch.rows(rows)
         order.extend(indices.tolist())
-        packed.append(batch.to(run.device))
-    return order, packed
+        packed.append(batch)
+    return order, Moved(packed, run.device)
 
 
 def logits_of(run: Run, examples: Sequence[Example], mc: int | str, stream: str) -> tuple[Tensor, Tensor]:

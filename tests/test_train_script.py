@@ -36,7 +36,7 @@ from bnn.methods.temperature import fit_temperature
 from bnn.metrics import evaluate_predictions
 from bnn.objective import beta_at, learning_rate_at
 from pipeline import training
-from pipeline.evaluation import finish, logits_of
+from pipeline.evaluation import finish, fit, logits_of
 from pipeline.run import Run, evaluation_shapes, prepare, score
 from pipeline.training import accumulate, train
 from utils.data.batch import Batch
@@ -811,6 +811,26 @@ def test_tokens_per_forward_and_batch_size_do_not_change_predictions(overrides):
     assert float(results[0].std(0).max()) > 1e-4, "the samples differ"
     reverse = logits_of(run, run.data.test[::-1], 5, "test")[0]
     torch.testing.assert_close(reverse.flip(1), results[0], rtol=0, atol=1e-5)  # in the order of the examples
+
+
+@pytest.mark.parametrize("method", ["sgp", "temperature", "laplace"])
+def test_an_evaluation_holds_one_batch_after_another(overrides, monkeypatch, method):
+    """On the device: that which is used, and while it is moved the next."""
+    run = prepare(compose(overrides(f"method={method}", "eval.batch_size=1")))
+    moved: list[weakref.ref[Batch]] = []
+    held: list[int] = []
+
+    def to(batch: Batch, device: torch.device) -> Batch:
+        copy = dataclasses.replace(batch)
+        moved.append(weakref.ref(copy))
+        held.append(sum(own() is not None for own in moved))
+        return copy
+
+    monkeypatch.setattr(Batch, "to", to)
+    fit(run)
+    logits_of(run, run.data.test, run.method.modes(3)[0], "test")
+    assert len(moved) >= 6
+    assert max(held) <= 2
 
 
 # Bad input

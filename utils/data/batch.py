@@ -1,5 +1,6 @@
-"""A packed batch of examples, and the scores of its choices given the model's logits."""
+"""Packed batches of examples, and the scores of their choices given the model's logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -75,6 +76,20 @@ class Batch:
             "logits_to_keep": self.keep,
             "use_cache": False,
         }
+
+
+class Moved(Sequence[Batch]):
+    """Batches on the CPU, each moved to ``device`` whenever it is asked for; nothing here keeps it there."""
+
+    def __init__(self, batches: Sequence[Batch], device: torch.device | str) -> None:
+        self._batches = batches
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        return self._batches[index].to(self._device)
 
 
 def choice_scores(logits: Tensor, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.data.batch import TokenLogProbs, choice_scores
+from utils.data.batch import Moved, TokenLogProbs, choice_scores
 from utils.data.encode import Encoder
 from utils.data.example import Choice, DataError, Example
 from utils.data.model_limits import position_limit
@@ -160,6 +160,15 @@ def test_scoring_keeps_no_copy_of_the_logits(tokenizer, examples):
         choice_scores(logits, batch)
     assert kept[logits.untyped_storage().data_ptr()] == logits.numel()
     assert sum(kept.values()) < 1.1 * logits.numel()
+
+
+def test_moved_batches_are_moved_when_they_are_asked_for(tokenizer, examples):
+    encoder = Encoder(tokenizer, "choice_sum", 64)
+    moved = Moved([encoder.collate(examples[:1]), encoder.collate(examples)], "meta")
+    assert len(moved) == 2
+    assert [batch.ids for batch in moved] == [("long",), ("long", "cloze", "four")]
+    assert moved[1].input_ids.is_meta
+    assert torch.equal(Moved([encoder.collate(examples)], "cpu")[-1].input_ids, encoder.collate(examples).input_ids)
 
 
 def test_tile_repeats_the_batch_below_itself(tokenizer, examples):
