@@ -30,6 +30,7 @@ from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
 from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.llm.attention import leave_out_cudnn_attention
+from utils.llm.digest import weights_digest
 from utils.llm.errors import lacks_memory
 from utils.llm.memory import MemoryPlan, Shape, plan_memory
 from utils.run import METRICS_FILE, NoLogger, RunLogger, check_disk
@@ -73,6 +74,8 @@ class Run:
     schedule: Schedule
     generator: torch.Generator
     """Of posterior samples in training; seeded for every step."""
+    base: str
+    """What the base model's weights are known by (``weights_digest``)."""
     optimizer: torch.optim.Optimizer
     log: RunLogger
     resumed: dict[str, Any] | None
@@ -125,13 +128,11 @@ def prepare(cfg: DictConfig) -> Run:
     method: Method = instantiate(cfg.method.factory, _convert_="all")
     with world.main_first():
         data, encoder, model = load(cfg, world)
-    if resumed is not None and resumed.get("data", data.digest) != data.digest:
-        raise ValueError(
-            f"{folder} was begun with other training or validation examples: bring those back, or set overwrite=true "
-            "to start afresh"
-        )
     if missing := [split for split in method.fitted_to if not getattr(data, split)]:
         raise ValueError(f"method={cfg.method.name} is fitted to {missing[0]} examples, and there are none: name some")
+    base = world.gather(weights_digest(model) if world.main else "")[0]  # weights to be sharded are with rank 0 alone
+    if resumed is not None:
+        check_resumed(folder, resumed, data.digest, base)
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     model = adapted(cfg, method, model)
     if start is not None:
@@ -147,7 +148,7 @@ def prepare(cfg: DictConfig) -> Run:
         clear(folder, EVALUATED if resumed else WRITTEN)
     log = RunLogger(folder, resumed_step=resumed["step"] if resumed else -1) if world.main else NoLogger()
     generator = torch.Generator(world.device)
-    parts = (method, model, encoder, data, schedule, generator, optimizer, log)
+    parts = (method, model, encoder, data, schedule, generator, base, optimizer, log)
     return Run(cfg, folder, world.device, world, *parts, resumed, held)
 
 
@@ -194,6 +195,21 @@ def clear(folder: Path, patterns: tuple[str, ...]) -> None:
     """Remove what a run before has left in its folder."""
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_resumed(folder: Path, resumed: dict[str, Any], data: str, base: str) -> None:
+    """Refuse to go on with other examples or weights than a run began with; older checkpoints may not tell.
+
+    Raises:
+        ValueError: saying which.
+    """
+    known = {
+        "training or validation examples": (resumed.get("data", data), data, "bring those back"),
+        "weights of the base model": (resumed.get("base", base), base, "bring those back (device too, if random)"),
+    }
+    for name, (before, now, remedy) in known.items():
+        if before != now:
+            raise ValueError(f"{folder} was begun with other {name}: {remedy}, or set overwrite=true to start afresh")
 
 
 def report_held(cfg: DictConfig, model: Any) -> None:

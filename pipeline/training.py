@@ -161,6 +161,7 @@ def save(run: Run, step: int) -> None:
         "method": run.method.state(run.model),
         "fingerprint": fingerprint(run.cfg),
         "data": run.data.digest,
+        "base": run.base,
     }
     save_checkpoint(run.folder, state)
 

@@ -39,6 +39,7 @@ from pipeline import training
 from pipeline.evaluation import finish, fit, logits_of
 from pipeline.run import Run, evaluation_shapes, prepare, score
 from pipeline.training import accumulate, train
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data.batch import Batch
 from utils.data.order import nth_batch
 from utils.distributed import World
@@ -322,6 +323,27 @@ def test_resuming_with_other_examples_is_refused(tmp_path, overrides, monkeypatc
     assert_one_line(message)
     assert "was begun with other training or validation examples" in message
     file.write_text(rows)
+    execute(overrides("resume=true"))
+
+
+def test_resuming_with_another_base_model_is_refused(tmp_path, overrides, monkeypatch):
+    """Under the same name; a checkpoint from before weights were told apart is still resumed."""
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(SystemExit):
+            ts.main(compose(overrides()))
+    state = load_checkpoint(tmp_path / "run", fingerprint(compose(overrides())))
+
+    def changed(**settings: Any) -> Any:
+        model = load_model(**settings)
+        model.get_output_embeddings().weight.data.neg_()
+        return model
+
+    monkeypatch.setattr(pipeline.run, "load_model", changed)
+    message = failure(overrides("resume=true"))
+    assert_one_line(message)
+    assert f"{tmp_path / 'run'} was begun with other weights of the base model: bring those back" in message
+    save_checkpoint(tmp_path / "run", {key: value for key, value in state.items() if key != "base"})
     execute(overrides("resume=true"))
 
 
