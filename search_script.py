@@ -130,7 +130,8 @@ def say(trial: FrozenTrial, reason: str) -> None:
     metrics = trial.user_attrs.get(METRICS, {})
     shown = " | ".join(f"{name.upper()}={metrics[name]:.4f}" for name in ("nll", "acc", "ece", "brier") if metrics)
     values = " ".join(f"{key}={value}" for key, value in trial.user_attrs.get(VALUES, {}).items())
-    logger.info("[TRIAL %d] %s: %s (%s)", trial.number, trial.state.name.lower(), shown or reason, values)
+    told = " ".join(values.split())  # a text may have several lines
+    logger.info("[TRIAL %d] %s: %s (%s)", trial.number, trial.state.name.lower(), shown or reason, told)
 
 
 def write_results(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: optuna.Study | None) -> None:

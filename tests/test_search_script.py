@@ -16,6 +16,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from optuna.trial import TrialState, create_trial
 from tiny_runs import exit_message
 
 import search_script as ss
@@ -25,7 +26,7 @@ from pipeline.run import Run, prepare
 from utils.run import read_metrics
 from utils.search import pruning
 from utils.search.experiment import compose
-from utils.search.study import load_compared, points_of
+from utils.search.study import VALUES, load_compared, points_of
 from utils.settings import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +183,13 @@ def test_a_trial_that_ends_while_results_are_written_is_in_them(tmp_path, monkey
     monkeypatch.setattr(ss, "report", report)
     run(tmp_path / "a", "search.trials=1")
     assert known == [1, 2]
+
+
+def test_a_trial_is_told_in_one_line(caplog):
+    trial = create_trial(state=TrialState.FAIL, user_attrs={VALUES: {"dset.prompt_choice": "a\nb"}})
+    with caplog.at_level("INFO"):
+        ss.say(trial, "no")
+    assert caplog.messages == ["[TRIAL -1] fail: no (dset.prompt_choice=a b)"]
 
 
 def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):

@@ -202,7 +202,12 @@ def key_of(override: str) -> str:
 
 def quoted(key: str, text: str | Path) -> str:
     """A key set to a text on the command line, whatever the text holds of what Hydra's grammar has a meaning for."""
-    return f"{key}={QuotedString(str(text), Quote.double).with_quotes()}"
+    return f"{key}={in_quotes(str(text))}"
+
+
+def in_quotes(text: str) -> str:
+    """A text as Hydra's grammar has it between quotes: newlines and tabs stand for themselves."""
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def value_of(override: str) -> Any:

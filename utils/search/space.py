@@ -8,6 +8,7 @@ from typing import Any
 from optuna import Trial
 
 from utils.data.example import near_matches
+from utils.settings import in_quotes
 
 FIELDS = {
     "float": ({"low", "high"}, {"log", "step"}),
@@ -40,8 +41,8 @@ def read_space(tree: Mapping[str, Any]) -> Space:
             raise ValueError(f"search.space.{key} has {sorted(given)}: type={kind} {wanted}")
         if kind in ("float", "int"):
             _check_range(key, entry, int if kind == "int" else (int, float))
-        elif kind == "categorical" and not (isinstance(entry["choices"], list) and entry["choices"]):
-            raise ValueError(f"search.space.{key}.choices={entry['choices']}: expected a list of values")
+        elif kind == "categorical":
+            _check_choices(key, entry["choices"])
         elif kind == "link" and space.get(entry["to"], {}).get("type") not in ("float", "int"):
             raise ValueError(f"search.space.{key}.to={entry['to']}: expected a float or int key of search.space")
     if not any(entry["type"] != "link" for entry in space.values()):
@@ -85,8 +86,16 @@ def values_of(params: Mapping[str, Any], space: Space) -> dict[str, Any]:
 
 def overrides_of(values: Mapping[str, Any], configs: Path) -> list[str]:
     """Command-line overrides; a key that is a folder of ``configs`` chooses a file of that group."""
-    text = {k: v if (configs / k).is_dir() else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+    text = {k: v if (configs / k).is_dir() else _written(v) for k, v in values.items()}
     return [f"{key}={value}" for key, value in text.items()]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, str):
+        return in_quotes(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return json.dumps(value)
 
 
 def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,6 +118,14 @@ def _check_range(key: str, entry: Mapping[str, Any], kinds: Any) -> None:
         raise ValueError(f"search.space.{key}: low={low}, high={high}: expected {wanted}")
     if entry.get("log") and "step" in entry:
         raise ValueError(f"search.space.{key} has both log and step: leave one out")
+
+
+def _check_choices(key: str, choices: Any) -> None:
+    if not (isinstance(choices, list) and choices):
+        raise ValueError(f"search.space.{key}.choices={choices}: expected a list of values")
+    if "${" in str(choices):
+        remedy = "${ begins a reference in a configuration: choose values without it"
+        raise ValueError(f"search.space.{key}.choices={choices}: {remedy}")
 
 
 def _stored(choice: Any) -> Any:

@@ -69,6 +69,16 @@ def test_overrides_keep_types_and_awkward_text():
     assert [cfg[key] for key in "abcd"] == [None, True, 'say "ü", {y}=1', 1e-7]
 
 
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\tb", r"a\nb", r"a\\b", "a\\", r"say \"a\"", "Question: {question}\nAnswer:"]
+)
+def test_overrides_compose_to_the_text_itself(text):
+    values = {"dset.prompt_choice": text, "peft.target_modules": [text, "q_proj"]}
+    cfg = compose(CONFIGS, [*overrides_of(values, CONFIGS), "paths.output_dir=x"])
+    assert cfg.dset.prompt_choice == text
+    assert list(cfg.peft.target_modules) == [text, "q_proj"]
+
+
 def test_first_values_are_the_low_ends():
     values = first_values(read_space(TREE))
     assert values["opt.lr"] == 1e-4
@@ -88,6 +98,8 @@ def test_first_values_are_the_low_ends():
         ({"type": "float", "low": "a", "high": 1.0}, "low=a"),
         ({"type": "int", "low": 1.5, "high": 3}, "low=1.5"),
         ({"type": "categorical", "choices": []}, "expected a list"),
+        ({"type": "categorical", "choices": ["a", "${seed}"]}, r"choices=.*: \$\{ begins a reference"),
+        ({"type": "categorical", "choices": [["a"], ["${seed}"]]}, r"choices=.*: \$\{ begins a reference"),
         ({"type": "link", "to": "opt.beta"}, "to=opt.beta: expected a float or int key"),
         (0.1, "search.space.opt.lr=0.1: expected"),
     ],
