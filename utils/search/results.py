@@ -52,4 +52,4 @@ def _row(point: Point, selected: Mapping[str, Point], tests: Tests) -> dict[str,
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split()).replace("|", "\\|")

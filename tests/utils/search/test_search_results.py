@@ -65,6 +65,16 @@ def test_tables_hold_the_front_with_its_test_values(tmp_path):
     assert len({line.count("|") for line in table}) == 1
 
 
+def test_a_text_keeps_to_its_cell_of_the_table(tmp_path):
+    point = Point(0, {"dset.prompt_choice": "a | b\nc"}, POINTS[0].metrics)
+    write_front(tmp_path, [point], {}, {})
+    head, rule, row = (tmp_path / "front.md").read_text().splitlines()
+    assert row.endswith(r"| a \| b c |")
+    assert row.replace(r"\|", "").count("|") == head.count("|") == rule.count("|")
+    (read,) = csv.DictReader((tmp_path / "front.csv").open(newline=""))
+    assert read["dset.prompt_choice"] == "a | b\nc"
+
+
 def test_one_run_has_no_spread():
     assert mean_sd([{"acc": 0.5}], "acc") == (0.5, 0.0)
 
