@@ -68,13 +68,13 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     check(first)
     check_types(first, CONFIGS)
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
-    judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc")}
+    judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc", "sampler", "seed")}
     begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged | {"final_n_mc": cfg.eval.n_mc}})
     worker = Worker(folder / "workers")
     try:
         sampler = NumberedSampler(settings.sampler, settings.seed, settings.startup_trials, worker.name)
         with worker.alone():
-            study = open_study(settings.storage, settings.name, settings.objectives, sampler, begun)
+            study = open_study(settings.storage, settings.name, settings.objectives, sampler, begun, folder)
         budget = {key: settings[key] for key in ("trials", "seconds", "max_failures")}
 
         def objective(trial: optuna.Trial) -> list[float]:

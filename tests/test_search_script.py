@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +128,9 @@ def test_a_final_run_that_fails_is_reported_and_the_others_count(tmp_path, monke
 
 def test_final_runs_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
     folder = run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5]")
-    (folder / "journal.log").unlink()
+    for name in ("journal.log", "study"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "trials")
     said = r"trial0000_seed5 holds a run of another search \(.*opt\.lr is \S+ there and \S+ now"
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "a", "search.trials=1", "search.final_seeds=[5]", "search.seed=9")
@@ -138,6 +141,8 @@ def test_final_runs_of_another_search_are_not_taken_for_those_of_this_one(tmp_pa
     [
         ("dset.train_subset=4", "dset.train_subset is 8 there and 4 now"),
         ("search.n_mc=3", r"search\.n_mc is \d+ there and 3 now"),
+        ("search.sampler=tpe", r"search\.sampler is 'random' there and 'tpe' now"),
+        ("search.seed=3", r"search\.seed is 0 there and 3 now"),
         ("search.space.opt.lr.low=1e-5", r"search\.space\.opt\.lr\.low is \S+ there and 1e-05 now"),
     ],
 )
@@ -148,6 +153,18 @@ def test_a_study_does_not_go_on_with_other_settings(tmp_path, monkeypatch, chang
     run(tmp_path / "a", "search.trials=3")
     with pytest.raises(ValueError, match=f"study s began otherwise: {said}; go on with the settings there"):
         run(tmp_path / "a", change)
+
+
+def test_two_studies_in_a_folder_and_two_folders_of_a_study_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ss, "work", lambda *_, **__: None)
+    monkeypatch.setattr(ss, "report", lambda *_: None)
+    run(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"holds the study s: choose another paths\.output_dir for t"):
+        run(tmp_path / "a", "search.name=t")
+    storage = f"search.storage={tmp_path}/a/journal.log"
+    with pytest.raises(ValueError, match=f"study s works in {tmp_path}/a: give that as paths.output_dir"):
+        run(tmp_path / "b", storage)
+    run(tmp_path / "b", storage, "search.name=t")
 
 
 def test_torchrun_is_refused_before_any_trial(tmp_path, monkeypatch):

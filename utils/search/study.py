@@ -17,12 +17,15 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from utils.search.place import check_place, keep_place
 from utils.search.sampler import WORKER
 from utils.search.selection import SIGNS, Point
 from utils.settings import differing
 
 REASON, FINGERPRINT, VALUES, METRICS = "reason", "fingerprint", "values", "metrics"
 """User attributes of trials and studies."""
+NOT_ALWAYS_RECORDED = ("search.sampler", "search.seed")
+"""Settings that studies of earlier versions do not name: they go on with any, and name them from then on."""
 NAMELESS_SECONDS = 60
 """A running trial that after so long bears no worker's name was lost in its first moment."""
 
@@ -36,7 +39,12 @@ def open_storage(location: str) -> str | BaseStorage:
 
 
 def open_study(
-    location: str, name: str, objectives: Sequence[str], sampler: BaseSampler, fingerprint: Mapping[str, Any]
+    location: str,
+    name: str,
+    objectives: Sequence[str],
+    sampler: BaseSampler,
+    fingerprint: Mapping[str, Any],
+    folder: Path,
 ) -> Study:
     """Create the study, or go on with it.
 
@@ -46,22 +54,26 @@ def open_study(
         objectives: Names in ``SIGNS``.
         sampler: Proposes trials.
         fingerprint: Flat settings that must be those the study began with.
+        folder: Where the study works, and no other.
 
     Raises:
-        ValueError: If the study began with other settings.
+        ValueError: If the study began with other settings or in another folder, or if the folder holds another study.
     """
     directions: Any = ["maximize" if SIGNS[objective] < 0 else "minimize" for objective in objectives]
     storage = open_storage(location)
-    known = {s.study_name: s for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
-    begun = known[name].user_attrs.get(FINGERPRINT, fingerprint) if name in known else fingerprint
+    known = {s.study_name: s.user_attrs for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+    check_place(folder, location, name, known.get(name))
+    later = {key: value for key, value in fingerprint.items() if key in NOT_ALWAYS_RECORDED}
+    begun = later | known.get(name, {}).get(FINGERPRINT, fingerprint)
     if others := differing(begun, fingerprint):
         remedy = "go on with the settings there, or use another search.name and paths.output_dir"
         raise ValueError(f"study {name} began otherwise: {', '.join(others)}; {remedy}")
     study = optuna.create_study(
         storage=storage, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
     )
-    if FINGERPRINT not in study.user_attrs:
+    if study.user_attrs.get(FINGERPRINT) != fingerprint:
         study.set_user_attr(FINGERPRINT, dict(fingerprint))
+    keep_place(folder, location, study)
     return study
 
 

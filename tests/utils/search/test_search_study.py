@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -30,9 +31,10 @@ def objective(trial: optuna.Trial) -> list[float]:
     return [x, x * y]
 
 
-def open_at(folder: Path, worker: Worker, kind: str = "random", seed: int = 0, **begun: int) -> optuna.Study:
+def open_at(folder: Path, worker: Worker, kind: str = "random", seed: int = 0, **begun: Any) -> optuna.Study:
     sampler = NumberedSampler(kind, seed, 3, worker.name)
-    return open_study(str(folder / "journal.log"), "s", OBJECTIVES, sampler, {"search.objectives": OBJECTIVES} | begun)
+    settings = {"search.objectives": OBJECTIVES} | begun
+    return open_study(str(folder / "journal.log"), "s", OBJECTIVES, sampler, settings, folder)
 
 
 def run(study, worker, trials, function=objective, seconds=None, max_failures=None, said=None):
@@ -184,6 +186,17 @@ def test_another_setting_is_named(tmp_path):
         open_at(tmp_path, worker, n_mc=5)
 
 
+def test_a_study_of_an_earlier_version_goes_on_and_names_its_sampler_from_then_on(tmp_path):
+    worker = Worker(tmp_path)
+    run(open_at(tmp_path, worker), worker, 1)
+    later = {"search.sampler": "random", "search.seed": 0}
+    study = open_at(tmp_path, worker, **later)
+    assert len(study.trials) == 1
+    assert study.user_attrs["fingerprint"] == {"search.objectives": OBJECTIVES} | later
+    with pytest.raises(ValueError, match=r"search\.seed is 0 there and 1 now"):
+        open_at(tmp_path, worker, **later | {"search.seed": 1})
+
+
 def test_a_compared_study_must_exist_and_have_the_same_objectives(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_compared(str(tmp_path / "journal.log"), OBJECTIVES)
@@ -225,7 +238,8 @@ def test_processes_open_a_new_database_one_after_another(tmp_path):
 def test_an_optuna_url_is_a_storage_too(tmp_path):
     worker = Worker(tmp_path)
     sampler = NumberedSampler("random", 0, 3, worker.name)
-    study = open_study(f"sqlite:///{tmp_path}/study.db", "s", OBJECTIVES, sampler, {"search.objectives": OBJECTIVES})
+    settings = {"search.objectives": OBJECTIVES}
+    study = open_study(f"sqlite:///{tmp_path}/study.db", "s", OBJECTIVES, sampler, settings, tmp_path)
     run(study, worker, 2)
     assert len(load_compared(f"sqlite:///{tmp_path}/study.db", OBJECTIVES).trials) == 2
 
