@@ -33,7 +33,7 @@ from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, execute, launch
 from utils.distributed import started_several
 from utils.search.analysis import hypervolume_curves, importances
-from utils.search.experiment import write_experiment
+from utils.search.experiment import experiment_of, write_experiment
 from utils.search.figures import plot_search
 from utils.search.pruning import WatchedLogger, watcher
 from utils.search.results import final_test, write_front
@@ -67,6 +67,8 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     first = settings_of(base, first_values(space))  # what no trial could run is found before anything is written
     check(first)
     check_types(first, CONFIGS)
+    if settings.select.rules:
+        experiment_of(CONFIGS, [*base, *overrides_of(first_values(space), CONFIGS)])
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
     judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc", "sampler", "seed")}
     begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged | {"final_n_mc": cfg.eval.n_mc}})

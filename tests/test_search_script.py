@@ -311,6 +311,16 @@ def test_of_several_processes_one_is_killed_and_nothing_is_lost(tmp_path):
         ("search.trials=null", "would never end"),
         ("search.prune.factor=0.5", "search.prune.factor=0.5: expected"),
         ("search.final_seeds=[0]", "take fresh ones"),
+        ("search.final_seeds=[4294967296]", "expected a list of different whole numbers from 0 to 4294967295, such as"),
+        ("seed=4294967296", "seed=4294967296: expected a whole number, at most 4294967295"),
+        ("search.reference.nll=nan", "search.reference.nll=nan: expected a finite number or null"),
+        ("search.reference.nll=inf", "search.reference.nll=inf: expected a finite number or null"),
+        ("search.reference=null", "search.reference.acc is missing: only its value can be changed"),
+        ("search.select=null", "search.select.rules is missing"),
+        ("~search.seed", "search.seed is missing"),
+        ("search.seconds=inf", "search.seconds=inf: expected a finite number, at least 0"),
+        ("search.name=null", "search.name=None: expected a text, or leave it out"),
+        ("~peft.lora_dropout", "cannot leave out peft.lora_dropout: do not delete keys with ~ in a search"),
         ("search.compare=/no/such.log", "no such file"),
         ("search.trails=3", "unknown key search.trails"),
         ("search_space=sst3", "did you mean sst2"),
@@ -326,3 +336,9 @@ def test_bad_input_is_one_line_before_any_trial(tmp_path, change, expected):
     message = failure([*FAST, change, f"paths.output_dir={tmp_path}/a"])
     assert expected in message
     assert not (tmp_path / "a" / "journal.log").exists()
+
+
+def test_a_search_that_selects_nothing_may_delete_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(ss, "work", lambda *_, **__: None)
+    monkeypatch.setattr(ss, "report", lambda *_: None)
+    run(tmp_path / "a", "~peft.lora_dropout", "search.select.rules=[]")

@@ -98,9 +98,7 @@ def check(cfg: DictConfig) -> None:
         low, high = RANGES.get(key, (1, sys.maxsize))
         kinds = (int,) if key in COUNTS else (int, float)
         if not (value is None and key in MAY_BE_NULL) and not (type(value) in kinds and low <= value <= high):
-            wanted = _range(low, high) if key not in COUNTS else f"a whole number, at least {low}"
-            if key in COUNTS and type(value) is int and value > high:
-                wanted = f"a whole number, at most {high}"
+            wanted = _whole_number(value, low, high) if key in COUNTS else _range(low, high)
             raise ValueError(f"{key}={value}: expected {wanted}{' (or null)' if key in MAY_BE_NULL else ''}")
     for key in SWITCHES:
         if type(value := OmegaConf.select(cfg, key)) is not bool:
@@ -137,6 +135,11 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("train.fsdp=true cannot shard quantised weights: set quantization=none")
     if cfg.resume and cfg.overwrite:
         raise ValueError("resume=true and overwrite=true contradict each other: set one of them")
+
+
+def _whole_number(value: Any, low: float, high: float) -> str:
+    bound = f"at most {high}" if type(value) is int and value > high else f"at least {low}"
+    return f"a whole number, {bound}"
 
 
 def _range(low: float, high: float) -> str:

@@ -8,7 +8,7 @@ from utils.data.example import near_matches
 from utils.search.figures import CROSSES
 from utils.search.sampler import SAMPLERS
 from utils.search.selection import SIGNS
-from utils.settings import key_of
+from utils.settings import RANGES, key_of
 
 NAMES = {"sampler": SAMPLERS, "final_points": ("selected", "front")}
 LISTS = {"objectives": (tuple(SIGNS), 1), "select.rules": (tuple(CROSSES), 0)}
@@ -45,16 +45,22 @@ def check_search(values: Mapping[str, Any]) -> None:
         value, kinds = _get(search, key), (int,) if key in COUNTS else (int, float)
         good = type(value) in kinds and low <= value < math.inf
         if not good and not (value is None and key in MAY_BE_NULL):
-            what = "a whole number" if key in COUNTS else "a number"
+            what = "a whole number" if key in COUNTS else "a finite number"
             raise ValueError(f"search.{key}={value}: expected {what}, at least {low}")
-    for name, value in search["reference"].items():
-        if value is not None and type(value) not in (int, float):
-            raise ValueError(f"search.reference.{name}={value}: expected a number or null")
+    for name in SIGNS:
+        value = _get(search, f"reference.{name}")
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+            raise ValueError(f"search.reference.{name}={value}: expected a finite number or null")
+    for key in ("name", "storage"):
+        if _get(search, key) in (None, ""):
+            raise ValueError(f"search.{key}={search[key]}: expected a text, or leave it out")
     if search["trials"] is None and search["seconds"] is None:
         raise ValueError("search.trials=null and search.seconds=null would never end: set one of them")
-    seeds = search["final_seeds"]
-    if not isinstance(seeds, list) or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) != len(seeds):
-        raise ValueError(f"search.final_seeds={seeds}: expected a list of different seeds such as [1,2,3]")
+    seeds, (low, high) = search["final_seeds"], RANGES["seed"]
+    good = isinstance(seeds, list) and all(type(s) is int and low <= s <= high for s in seeds)
+    if not good or len(set(seeds)) != len(seeds):
+        wanted = f"a list of different whole numbers from {low} to {high}, such as [1,2,3]"
+        raise ValueError(f"search.final_seeds={seeds}: expected {wanted}")
     if seed in seeds:
         raise ValueError(f"search.final_seeds={seeds} holds seed={seed} of the search itself: take fresh ones")
 
@@ -65,6 +71,9 @@ def training_overrides(arguments: Sequence[str]) -> list[str]:
     return [a for a in arguments if not any(keys[a] == n or keys[a].startswith(f"{n}.") for n in NOT_TRAINING)]
 
 
-def _get(values: Mapping[str, Any], key: str) -> Any:
+def _get(search: Mapping[str, Any], key: str) -> Any:
     group, _, name = key.rpartition(".")
-    return values[group][name] if group else values[name]
+    place = search[group] if group else search
+    if not (isinstance(place, Mapping) and name in place):
+        raise ValueError(f"search.{key} is missing: only its value can be changed")
+    return place[name]
