@@ -7,6 +7,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig
 
+EXPERIMENT = "benchmark_small"
+
 
 class ComparisonSweeper(Sweeper):
     """Tunes, trains and tests all methods on a grid of tasks (``benchmarks.comparison``) in ``hydra.sweep.dir``.
@@ -55,13 +57,24 @@ class ComparisonSweeper(Sweeper):
         self._folder = Path()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """See ``Sweeper.setup``."""
+        """See ``Sweeper.setup``; raises ValueError in ``search_script.py``, which makes no comparison."""
+        if "search" in config:
+            raise ValueError("search_script.py makes no comparison: give experiment=benchmark_small to train_script.py")
         self._folder = Path(config.hydra.sweep.dir)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the comparison; see ``Comparison.run`` for the errors raised."""
-        from benchmarks.comparison import Comparison  # every start of any program here looks at this file
+        """Run the comparison; see ``Comparison.run`` for the errors raised.
 
-        common = [argument for argument in arguments if not argument.startswith("experiment=")]
+        Raises:
+            ValueError: for another experiment, of whose keys the comparison's own would replace some.
+        """
+        from benchmarks.comparison import Comparison  # every start of any program here looks at this file
+        from utils.settings import key_of, value_of
+
+        experiments = [argument for argument in arguments if key_of(argument) == "experiment"]
+        for argument in experiments:
+            if value_of(argument) not in (EXPERIMENT, [EXPERIMENT]):
+                raise ValueError(f"{argument}: expected {EXPERIMENT} alone; give other settings as KEY=VALUE")
+        common = [argument for argument in arguments if argument not in experiments]
         comparison = Comparison(self._folder.resolve(), common, self.times, self.early_stopping)
         comparison.run(self.tasks, self.jobs, self.seconds, self.rules)

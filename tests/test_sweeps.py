@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_runs import exit_message
 
+import search_script as ss
 import train_script as ts
 from benchmarks.comparison import Comparison
 from hydra_plugins.comparison_sweeper import ComparisonSweeper
@@ -58,16 +59,30 @@ def test_the_experiment_is_a_comparison_in_the_folder_of_the_sweep(tmp_path):
     assert (tmp_path / "out" / "by_nll.txt").read_text() == ""
 
 
-def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize("chosen", ["experiment=benchmark_small", "experiment=[benchmark_small]"])
+def test_the_comparison_gets_what_the_command_line_says(tmp_path, monkeypatch, chosen):
     said = []
     monkeypatch.setattr(Comparison, "run", lambda self, *arguments: said.append((self, *arguments)))
     sweeper = ComparisonSweeper(["sst2_500", "small"], 3, None, 4, ["acc"], True, params={"paths": "sweep"})
     sweeper.setup(
         hydra_context=None, task_function=None, config=OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     )
-    sweeper.sweep(["experiment=benchmark_small", "llm=tiny", "paths.data_dir=x"])
+    sweeper.sweep([chosen, "llm=tiny", "paths.data_dir=x"])
     comparison = Comparison(tmp_path, ["llm=tiny", "paths.data_dir=x"], times=4, early_stopping=True)
     assert said == [(comparison, ["sst2_500", "small"], 3, float("inf"), ["acc"])]
+
+
+@pytest.mark.parametrize("argument", ["experiment=[benchmark_small,ci]", "experiment=[benchmark_small,published]"])
+def test_another_experiment_beside_the_comparison_is_refused(tmp_path, monkeypatch, argument):
+    monkeypatch.setattr(Comparison, "run", None)
+    message = exit_message(ts, [argument, "llm=tiny", f"hydra.sweep.dir={tmp_path / 'out'}"])
+    assert message == f"error: {argument}: expected benchmark_small alone; give other settings as KEY=VALUE"
+
+
+def test_the_search_script_makes_no_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(Comparison, "run", None)
+    message = exit_message(ss, ["experiment=benchmark_small", f"hydra.sweep.dir={tmp_path / 'out'}"])
+    assert message.startswith("error: search_script.py makes no comparison: give experiment=benchmark_small to train_")
 
 
 def test_ctrl_c_in_a_sweep_is_one_line(tmp_path, monkeypatch):
