@@ -25,6 +25,7 @@ from benchmarks.figures import draw_sample_error
 from benchmarks.measure import environment
 from benchmarks.options import check_least, one_line_errors
 from bnn.methods import Method
+from pipeline.run import CONFIGS
 from utils.data.batch import Batch, choice_scores
 from utils.data.encode import Encoder
 from utils.data.model_limits import position_limit
@@ -33,7 +34,7 @@ from utils.data.task import load_task
 from utils.llm import fit_tokenizer, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.run import write_json_atomic
 from utils.seeding import make_generator
-from utils.settings import model_settings, plain, tokenizer_settings
+from utils.settings import check, check_types, compose, model_settings, plain, tokenizer_settings, value_of
 
 LEAST = {"groups": 2, "largest": 2, "partitions": 1}
 """The smallest value of an option."""
@@ -44,20 +45,28 @@ def settings(folder: Path, overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         FileNotFoundError: if the folder is no finished run.
-        ValueError: if the run's method has no antithetic draws, or for an unknown key.
+        ValueError: if the run's method has no antithetic draws, for an unknown key or a group, or a value that no run
+            can have.
     """
     for needed in ("config.yaml", "adapter"):
         if not (folder / needed).exists():
             raise FileNotFoundError(f"{folder} has no {needed}: name the folder of a finished run")
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg: Any = OmegaConf.load(folder / "config.yaml")
     for override in overrides:
         key = override.partition("=")[0]
-        if OmegaConf.select(cfg, key, default=cfg) is cfg:
+        if (old := OmegaConf.select(cfg, key, default=cfg)) is cfg:
             raise ValueError(f"unknown key {key}: expected KEY=VALUE with a key of {folder / 'config.yaml'}")
-    cfg.merge_with_dotlist(list(overrides))
+        if isinstance(old, DictConfig):
+            raise ValueError(f"{override}: {key} is a group, which a run keeps: change single keys of it")
+        OmegaConf.update(cfg, key, value_of(override))
+    complete = compose(CONFIGS, [])  # a run of an earlier version may lack keys
+    OmegaConf.set_struct(complete, False)
+    complete.merge_with(cfg)
+    check(complete)
+    check_types(complete, CONFIGS)
     if "antithetic" not in cfg.method.factory:
         raise ValueError(f"{folder} was trained with method={cfg.method.name}: only sgp has antithetic draws")
-    return cfg  # type: ignore[return-value]
+    return cfg
 
 
 def load(cfg: DictConfig, folder: Path, split: str) -> tuple[nn.Module, list[Batch]]:

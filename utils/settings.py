@@ -11,7 +11,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from utils.data.example import near_matches
@@ -214,8 +214,18 @@ def in_quotes(text: str) -> str:
 
 
 def value_of(override: str) -> Any:
-    """The value that an argument of the command line gives its key, without quotes."""
-    return OverridesParser.create().parse_override(override).value()
+    """The value that an argument of the command line gives its key, without quotes.
+
+    Raises:
+        ValueError: if it gives none, or several to choose among.
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ValueError(f"{override}: expected KEY=VALUE, a text with brackets or commas in quotes") from error
+    if parsed.is_sweep_override():
+        raise ValueError(f"{override}: expected one value")
+    return parsed.value()
 
 
 def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, Any]]:

@@ -251,6 +251,41 @@ def test_error_of_nll_refuses_torn_pairs_and_a_single_group():
         error_of_nll(pairs, 16, 1, torch.Generator())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("dset=cola", "dset=cola: dset is a group, which a run keeps: change single keys of it"),
+        ("llm=tiny", "llm=tiny: llm is a group"),
+        ("quantization=nf4", "quantization=nf4: quantization is a group"),
+        ("eval.batch_size=abc", "eval.batch_size=abc: expected a whole number, at least 1"),
+        ("eval.max_tokens_per_forward=null", "eval.max_tokens_per_forward=None: expected a whole number, at least 1"),
+        ("seed=x", "seed=x: expected a whole number, at least 0"),
+        ("seed=1,2", "seed=1,2: expected one value"),
+        ("seed", "seed: expected KEY=VALUE, a text with"),
+        ("dset.max_length=[1", "dset.max_length=[1: expected KEY=VALUE, a text with"),
+        ("inducing.whitened=no", "inducing.whitened=no: expected true or false"),
+    ],
+)
+def test_sample_error_refuses_settings_in_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, change, message):
+    make_run(tmp_path / "run")
+    monkeypatch.setattr(sample_error, "load", None)
+    with pytest.raises(SystemExit) as stop:
+        sample_error.main([str(tmp_path / "run"), "--out", str(tmp_path / "error"), change])
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*", str(stop.value.code))
+
+
+def test_sample_error_takes_a_run_of_an_earlier_version(tmp_path):
+    cfg = make_run(tmp_path / "run")
+    OmegaConf.set_struct(cfg, False)
+    del cfg.train.compile, cfg.eval.keep
+    OmegaConf.save(cfg, tmp_path / "run" / "config.yaml", resolve=True)
+    changed = sample_error.settings(
+        tmp_path / "run", ["dset.validation_subset=5", "dset.prompt_choice='a: {question}'"]
+    )
+    assert (changed.dset.validation_subset, changed.dset.prompt_choice) == (5, "a: {question}")
+    assert "compile" not in changed.train
+
+
 def test_sample_error_refuses_what_it_cannot_use(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.yaml: name the folder of a finished run"):
         sample_error.settings(tmp_path, [])
