@@ -6,9 +6,10 @@ python -m utils.report --from-csv results.csv... [--out DIR] [--split test]
 RUNS are run folders, folders that hold some, or text files that name either, one a line, as the comparison's
 by_nll.txt. Writes results.csv (a row per evaluation), report.md, report.tex, report.csv and figures to DIR. Only runs
 that differ in nothing but the seed are averaged; the model, task or method of others is named with the settings that
-differ, as in "mle [lr=0.001]". Where runs have saved their validation predictions (eval.save_validation), tables say
-what temperature scaling makes of every method. With --from-csv the tables, and the figure of accuracy against
-calibration, are made from the numbers in one or more results.csv alone.
+differ, as in "mle [lr=0.001]". What tells that the data of one column differ is printed. Where runs have saved their
+validation predictions (eval.save_validation), tables say what temperature scaling makes of every method. With
+--from-csv the tables, and the figure of accuracy against calibration, are made from the numbers in one or more
+results.csv alone.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from utils.report_figures import (
 )
 from utils.report_rows import Row, read_csv, write_csv
 from utils.report_runs import collect, load_prediction, load_scores
-from utils.report_scores import Prediction, fit_temperature, scaled, score
+from utils.report_scores import Prediction, fit_temperature, same_examples, scaled, score
 from utils.report_tables import Column, aggregates_csv, columns, latex, mark_significant, markdown, tables
 from utils.run import write_text_atomic
 
@@ -33,7 +34,7 @@ Files = Mapping[tuple[Any, ...], Path]
 
 
 def report_runs(roots: Sequence[Path], out: Path, split: str) -> tuple[list[Path], list[str]]:
-    """Collect runs, write results.csv, tables and figures; returns what was written and a line per left-out folder.
+    """Collect runs, write results.csv, tables and figures; returns what was written and notes, a line each.
 
     Raises:
         FileNotFoundError: If no finished run is found.
@@ -46,6 +47,9 @@ def report_runs(roots: Sequence[Path], out: Path, split: str) -> tuple[list[Path
     for model in models:
         for task, column in columns(rows, model, split).items():
             predictions = _predictions(column, files)
+            if unlike := _of_other_examples(predictions):
+                text = "are not of the examples of other methods with the same seed, and are not paired with them"
+                notes.append(f"{model} on {task}: predictions of {', '.join(unlike)} {text}")
             mark_significant(column, predictions)
             _scale(column, files)
             names = (model, task) if len(models) > 1 else (task,)
@@ -132,6 +136,16 @@ def _predictions(column: Column, files: Files) -> dict[str, dict[int, Prediction
         name: {row.seed: found for row in rows if (found := load_prediction(_file(row, files)))}
         for name, rows in sorted(column.items())
     }
+
+
+def _of_other_examples(predictions: Mapping[str, Mapping[int, Prediction]]) -> list[str]:
+    """The methods that have a prediction of other examples than the first method with the same seed."""
+    first: dict[int, Prediction] = {}
+    return [
+        name
+        for name, of_seeds in predictions.items()
+        if any(not same_examples([first.setdefault(seed, own), own]) for seed, own in of_seeds.items())
+    ]
 
 
 def _scale(column: Column, files: Files) -> None:

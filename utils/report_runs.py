@@ -23,7 +23,12 @@ MODEL = (
 )
 """Groups and keys of the configuration whose differing keys make another model."""
 DATA = ("dset.schema", "dset.path", "dset.config", "dset.splits", "dset.test_file")
-"""Those that make another task."""
+"""Those that make another task; ``dset.test_file`` is the validation file where that serves as test."""
+EXAMPLES = (
+    *("dset.train_file", "dset.validation_file", "dset.test_file", "dset.validation_fraction"),
+    *("dset.validation_subset", "dset.test_subset", "dset.max_length", "dset.too_long"),
+)
+"""Keys that decide of which examples the splits of a task are."""
 BASE = (
     *("quantization", "dtype", "dset.scoring", "dset.prompt_label", "dset.prompt_choice", "dset.labels"),
     *("dset.max_length", "dset.too_long", "dset.test_subset"),
@@ -56,6 +61,8 @@ class Run:
     rows: list[Row]
     files: list[Path]
     """For each row the file of its raw predictions, which need not exist."""
+    examples: dict[str, str]
+    """The values of ``EXAMPLES``, files with their whole paths, but for training data that there is none of."""
 
 
 def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...], Path], list[str]]:
@@ -63,7 +70,7 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
 
     Returns:
         The rows; for each row's (*row.run, split, mc) the file of its raw predictions, which need not exist; and a
-        line for each folder that was left out.
+        line for each folder that was left out, and for each setting in which the data of one column differ.
 
     Raises:
         FileNotFoundError: If there is no run at all, a folder that a file names is not there, or no run has finished.
@@ -86,7 +93,7 @@ def collect(roots: Sequence[str | Path]) -> tuple[list[Row], dict[tuple[Any, ...
     _name_apart(runs, DATA, "task")
     _name_variants(runs)
     other_bases = _other_bases(runs)
-    notes += other_bases.values()
+    notes += [*other_bases.values(), *_other_data(runs)]
     rows: dict[tuple[Any, ...], Row] = {}
     files: dict[tuple[Any, ...], Path] = {}
     for run in runs:
@@ -168,6 +175,8 @@ def _read_run(folder: Path) -> Run:
         steps = 0 if method == ZERO_SHOT else record["step"]
         mc = ZERO_SHOT if method == ZERO_SHOT else str(record["mc"])
         rows.append(Row(**shared, method=method, split=record["split"], mc=mc, steps=steps, **metrics))
+    if config["dset"].get("test_file") is None:  # the validation file serves as test
+        config["dset"] |= {"test_file": config["dset"].get("validation_file"), "validation_file": None}
     made = OmegaConf.create(config)
     ignored = () if OmegaConf.select(made, "eval.keep") == "best" else CHOICE
     settings = dict(
@@ -178,7 +187,10 @@ def _read_run(folder: Path) -> Run:
     )
     settings[SAMPLES] = next((row.mc for row in rows if row.mc.isdigit()), "mean")
     files = [folder / f"predictions_{r['split'].replace(':', '_')}_mc{r['mc']}.npz" for r in finals]
-    return Run(folder, settings, rows, files)
+    examples = {key: str(OmegaConf.select(made, key)) for key in EXAMPLES}
+    if config["dset"].get("train_file") is None:
+        del examples["dset.train_file"]
+    return Run(folder, settings, rows, files, examples)
 
 
 def _finite(value: Any) -> float | None:
@@ -248,8 +260,43 @@ def _other_bases(runs: Sequence[Run]) -> dict[Path, str]:
     return found
 
 
+def _other_data(runs: Sequence[Run]) -> list[str]:
+    """A line for each setting of the data in which the runs of one task, model and size differ, whatever their method.
+
+    It names whole paths: files of the same name in folders of the same name are one task, since data may be moved.
+    """
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_base_of(run), []).append(run)
+    notes = []
+    for group in groups.values():
+        for key in EXAMPLES:
+            users: dict[str, list[Run]] = {}
+            for run in group:
+                if key in run.examples:
+                    users.setdefault(run.examples[key], []).append(run)
+            if len(users) > 1:
+                told = "; ".join(f"{value} in {_seeds_of(found)}" for value, found in users.items())
+                where = f"{group[0].rows[0].model} on {group[0].rows[0].column}"
+                notes.append(f"{where}: {key} is {told}: report them apart, unless the examples are the same")
+    return notes
+
+
+def _seeds_of(runs: Sequence[Run]) -> str:
+    """The runs by method and seed."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(_own_row(run).label, []).append(run.rows[0].seed)
+    return ", ".join(f"{label} seed {' '.join(map(str, sorted(found)))}" for label, found in sorted(seeds.items()))
+
+
+def _own_row(run: Run) -> Row:
+    """The first row that is not the base model's, if there is one."""
+    return next((row for row in run.rows if row.method != ZERO_SHOT), run.rows[0])
+
+
 def _method_of(run: Run) -> str:
-    return next((row.method for row in run.rows if row.method != ZERO_SHOT), ZERO_SHOT)
+    return _own_row(run).method
 
 
 def _base_of(run: Run) -> tuple[str, str, str]:

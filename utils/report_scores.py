@@ -106,13 +106,20 @@ def reliability(predictions: Sequence[Prediction], n_bins: int = N_BINS) -> dict
     return {"edges": edges, "confidence": means[0], "accuracy": means[1], "count": count}
 
 
+def same_examples(predictions: Sequence[Prediction]) -> bool:
+    """Whether all are of the same examples: the answers count too, since rows without a name are only numbered."""
+    return all(
+        np.array_equal(p.ids, predictions[0].ids) and np.array_equal(p.answer, predictions[0].answer)
+        for p in predictions
+    )
+
+
 def pairable(first: Mapping[int, Prediction], second: Mapping[int, Prediction]) -> bool:
     """Whether two methods have predictions for the same seeds, all of them on the same two or more examples."""
     if not first or first.keys() != second.keys():
         return False
     everything = [*first.values(), *second.values()]
-    ids = everything[0].ids
-    return len(ids) > 1 and all(np.array_equal(p.ids, ids) for p in everything)
+    return len(everything[0].ids) > 1 and same_examples(everything)
 
 
 def paired_p(first: Mapping[int, Prediction], second: Mapping[int, Prediction], metric: str) -> float:

@@ -255,6 +255,74 @@ def test_data_that_was_moved_and_runs_without_training_data_are_of_one_task(tmp_
     assert {(row.label, row.seed) for row in rows if row.method == "mle"} == {("mle", 0), ("mle", 1)}
 
 
+@pytest.mark.parametrize(
+    ("key", "first", "second"),
+    [
+        ("test_subset", None, 10),
+        ("validation_subset", None, 10),
+        ("validation_file", "/x/own/a.jsonl", "/x/own/b.jsonl"),
+        ("train_file", "/x1/own/train.jsonl", "/x2/own/train.jsonl"),
+        ("test_file", "/x1/own/test.jsonl", "/x2/own/test.jsonl"),
+    ],
+)
+def test_methods_of_one_column_with_other_data_are_named(tmp_path, capsys, key, first, second):
+    files = {f"dset.{split}_file": f"/x/own/{split}.jsonl" for split in ("train", "validation", "test")}
+    for method, value in (("mle", first), ("sgp", second)):
+        for seed in range(2):
+            folder = write_run(tmp_path / "runs" / f"{method}{seed}", method, seed)
+            changed_config(folder, {**files, f"dset.{key}": value})
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    rows = read_csv(tmp_path / "out" / "results.csv")
+    assert {(row.task, row.label) for row in rows} == {("arc", name) for name in ("zero_shot", "mle", "sgp")}
+    assert (
+        f"tiny on arc (64): dset.{key} is {first} in mle seed 0 1; {second} in sgp seed 0 1: report them apart, "
+        "unless the examples are the same"
+    ) in capsys.readouterr().out.splitlines()
+
+
+def test_seeds_of_one_method_on_files_elsewhere_are_named(tmp_path):
+    """No training data is no other data."""
+    for seed, place in enumerate(("/x1/d", "/x2/d")):
+        files = {"dset.test_file": f"{place}/test.jsonl", "dset.train_file": "/x/d/train.jsonl"}
+        changed_config(write_run(tmp_path / str(seed), seed=seed), files)
+    changed_config(write_run(tmp_path / "sgp", "sgp"), {"dset.test_file": "/x1/d/test.jsonl", "dset.train_file": None})
+    assert collect([tmp_path])[2] == [
+        "tiny on arc (64): dset.test_file is /x1/d/test.jsonl in mle seed 0, sgp seed 0; /x2/d/test.jsonl in mle seed "
+        "1: report them apart, unless the examples are the same"
+    ]
+
+
+def test_predictions_of_other_examples_are_named_and_not_paired(tmp_path, capsys):
+    """No setting tells, as where a file was changed; rows without a name have the numbers of others."""
+    for seed in range(2):
+        for method in ("mle", "sgp"):
+            folder = write_run(tmp_path / "runs" / f"{method}{seed}", method, seed)
+        for path in folder.glob("predictions_test_*"):
+            logits, answer, ids = load_scores(path)
+            save_predictions(path, torch.from_numpy(logits), torch.from_numpy((answer + 1) % C), list(ids))
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    tests = {row.label: row.test_nll for row in read_csv(tmp_path / "out" / "results.csv") if row.p_nll is not None}
+    assert tests.keys() == {"sgp"}
+    assert tests["sgp"] != "paired"
+    note = "tiny on arc (64): predictions of sgp are not of the examples of other methods with the same seed"
+    assert f"{note}, and are not paired with them" in capsys.readouterr().out.splitlines()
+
+
+def test_a_validation_file_that_serves_as_test_makes_another_task(tmp_path):
+    """Named as the test file it is the same data."""
+    for method, file in (("mle", "a"), ("sgp", "b")):
+        settings = {"dset.test_file": None, "dset.validation_file": f"/x/{file}.jsonl"}
+        changed_config(write_run(tmp_path / method, method), settings)
+    changed_config(write_run(tmp_path / "same", seed=1), {"dset.test_file": "/x/a.jsonl"})
+    rows, _, notes = collect([tmp_path])
+    assert {(row.label, row.seed, row.task) for row in rows if row.method != "zero_shot"} == {
+        ("mle", 0, "arc [test_file=x/a.jsonl]"),
+        ("mle", 1, "arc [test_file=x/a.jsonl]"),
+        ("sgp", 0, "arc [test_file=x/b.jsonl]"),
+    }
+    assert notes == []
+
+
 def test_names_of_data_files_fit_into_names_of_figures(tmp_path):
     for seed, folder in enumerate(("a" * 120, "b" * 120)):
         files = {f"dset.{split}_file": f"/data/{folder}/{split}.jsonl" for split in ("train", "test")}

@@ -145,7 +145,9 @@ def test_disagreeing_seeds_are_not_significant_however_many_examples():
 def test_pairs_need_the_same_seeds_and_examples():
     one = prediction(0)
     other = Prediction(IDS[::-1], one.answer, one.log_probs)
+    renumbered = Prediction(IDS, (one.answer + 1) % 3, one.log_probs)
     assert pairable({0: one}, {0: one})
+    assert not pairable({0: one}, {0: renumbered}), "examples of another file, numbered alike"
     assert not pairable({0: one}, {1: one})
     assert not pairable({0: one}, {0: other})
     assert not pairable({}, {})
