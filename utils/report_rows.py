@@ -21,7 +21,7 @@ class Row:
 
     Attributes:
         p_acc: Only at the best method of a column: the largest p value against the others (also p_nll, ...).
-        test_acc: The test behind it: paired, one-sample or welch (also test_nll, ...).
+        test_acc: The test behind it: paired, by seed, one-sample or welch (also test_nll, ...).
         temperature: T that the run's validation split asks for, where that was saved.
         nll_scaled: NLL with the predictive distribution scaled by it (also ece_scaled).
     """

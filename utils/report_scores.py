@@ -122,6 +122,12 @@ def pairable(first: Mapping[int, Prediction], second: Mapping[int, Prediction]) 
     return len(everything[0].ids) > 1 and same_examples(everything)
 
 
+def pairable_by_seed(first: Mapping[int, Prediction], second: Mapping[int, Prediction]) -> bool:
+    """Whether two methods have predictions for the same seeds, those of each seed on the same examples."""
+    same_seeds = bool(first) and first.keys() == second.keys()
+    return same_seeds and all(same_examples([first[seed], second[seed]]) for seed in first)
+
+
 def paired_p(first: Mapping[int, Prediction], second: Mapping[int, Prediction], metric: str) -> float:
     """Two-sided p value of the difference of a metric, paired over seeds and examples.
 
@@ -159,6 +165,20 @@ def paired_p(first: Mapping[int, Prediction], second: Mapping[int, Prediction], 
         return 0.0
     freedom = variance**2 / sum(term**2 / df for term, df in terms)
     return float(2 * student_t.sf(abs(mean) / np.sqrt(variance), freedom))
+
+
+def by_seed_p(first: Mapping[int, Prediction], second: Mapping[int, Prediction], metric: str) -> float:
+    """Two-sided p value of a t-test of the differences of a metric, paired over seeds alone; 1 for one seed.
+
+    Where every seed draws examples of its own, the spread over seeds holds the noise of the examples too.
+
+    Args:
+        first: For each seed a prediction, which `pairable_by_seed` has accepted together with `second`.
+        second: The same of the other method.
+        metric: acc, nll, ece or brier.
+    """
+    differences = [score(first[seed], metric) - score(second[seed], metric) for seed in first]
+    return constant_p(differences, 0.0) if np.isfinite(differences).all() else 1.0
 
 
 def welch_p(first: Sequence[float], second: Sequence[float]) -> float:

@@ -8,18 +8,33 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row, own_predictions
-from utils.report_scores import ALPHA, Prediction, constant_p, pairable, paired_p, score, welch_p
+from utils.report_scores import (
+    ALPHA,
+    Prediction,
+    by_seed_p,
+    constant_p,
+    pairable,
+    pairable_by_seed,
+    paired_p,
+    same_examples,
+    score,
+    welch_p,
+)
 
 SHOWN_AS_MEAN = ("sgp",)
 """Methods whose prediction with the posterior mean has a row of its own."""
 TITLES = {"acc": "ACC", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier", **{a: a[6:] + " AUROC" for a in AUROCS}}
+ROUNDING = 1e-5
+"""Difference in a metric that rounding makes between evaluations of one model on the same examples."""
 CAPTION = (
     "Mean ± standard deviation over seeds (their number in brackets where it varies). Bold: the best mean of those "
     f"with all seeds, if it differs from every other method of the task at level {ALPHA} (two-sided). Two methods with "
     "predictions of the same examples, for all seeds of the one with fewer, are compared by a t-test paired over seeds "
     "and examples; its squared standard error adds that over examples (bootstrapped for the ECE) and that over seeds, "
-    "and with one seed it speaks of these adapters only. Others by Welch's t-test over seeds, where a single seed is "
-    "never significant; the base model, which no seed changes, by a one-sample t-test. Rows marked (mean) are left out."
+    "and with one seed it speaks of these adapters only. Where each seed has examples of its own (dset.test_subset), "
+    "the same for both, by a t-test paired over seeds. Others by Welch's t-test over seeds, where a single seed is "
+    "never significant; the base model, where no seed changes it, by a one-sample t-test. Rows marked (mean) are left "
+    "out."
 )
 TEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -77,8 +92,15 @@ def best(column: Column, metric: str) -> str | None:
 
 
 def has_all_seeds(column: Column, name: str) -> bool:
-    """Whether a method was run with as many seeds as any of its column; no seed changes the base model."""
-    return name == ZERO_SHOT or len(column[name]) == max(len(r) for other, r in column.items() if other != ZERO_SHOT)
+    """Whether a method was run with as many seeds as any of its column, or is a base model that no seed changes."""
+    most = max((len(rows) for other, rows in column.items() if other != ZERO_SHOT), default=0)
+    return (name == ZERO_SHOT and is_constant(column[name])) or len(column[name]) >= most
+
+
+def is_constant(rows: Sequence[Row]) -> bool:
+    """Whether rows of the base model have the same values; with ``dset.test_subset`` each seed draws its examples."""
+    known = [found for metric in METRICS if (found := values(rows, metric))]
+    return all(max(found) - min(found) <= ROUNDING for found in known)
 
 
 def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Prediction]]) -> None:
@@ -98,34 +120,43 @@ def mark_significant(column: Column, predictions: Mapping[str, Mapping[int, Pred
         for name, rows in column.items():
             if winner is None or name == winner or not values(rows, metric):
                 continue
-            one, other = _of_common_seeds(column, winner, name, predictions)
-            if pairable(one, other):
-                ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
-                p_values[paired_p(one, other, metric) if ahead else 1.0] = "paired"
-            elif ZERO_SHOT in (winner, name):
-                trained, base = (winner, name) if name == ZERO_SHOT else (name, winner)
-                constant = values(column[base], metric)[0]
-                p_values[constant_p(values(column[trained], metric), constant)] = "one-sample"
-            else:
-                p_values[welch_p(values(column[winner], metric), values(rows, metric))] = "welch"
+            p, test = _compared(column, winner, name, predictions, metric)
+            p_values[p] = test
         if winner is not None and p_values:
             for row in column[winner]:
                 setattr(row, f"p_{metric}", max(p_values))
                 setattr(row, f"test_{metric}", p_values[max(p_values)])
 
 
+def _compared(
+    column: Column, winner: str, name: str, predictions: Mapping[str, Mapping[int, Prediction]], metric: str
+) -> tuple[float, str]:
+    """The p value of the best method against another, and the name of the test."""
+    found = [p for method in (winner, name) for p in predictions.get(method, {}).values()]
+    constant = ZERO_SHOT in (winner, name) and is_constant(column[ZERO_SHOT]) and same_examples(found)
+    one, other = _of_common_seeds(column, winner, name, predictions, constant)
+    if pairable(one, other) or pairable_by_seed(one, other):
+        test, p_of = ("paired", paired_p) if pairable(one, other) else ("by seed", by_seed_p)
+        ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
+        return p_of(one, other, metric) if ahead else 1.0, test
+    if constant:
+        trained = winner if name == ZERO_SHOT else name
+        return constant_p(values(column[trained], metric), values(column[ZERO_SHOT], metric)[0]), "one-sample"
+    return welch_p(values(column[winner], metric), values(column[name], metric)), "welch"
+
+
 def _of_common_seeds(
-    column: Column, first: str, second: str, predictions: Mapping[str, Mapping[int, Prediction]]
+    column: Column, first: str, second: str, predictions: Mapping[str, Mapping[int, Prediction]], constant: bool
 ) -> tuple[Mapping[int, Prediction], Mapping[int, Prediction]]:
     """Predictions of two methods for all seeds of the one that was run with fewer; none where they are not all there.
 
-    No seed changes the base model, so one prediction of ``zero_shot`` stands for all.
+    Where one of the two is a ``constant`` base model, which no seed changes, one prediction of it stands for all.
     """
     one, other = predictions.get(first, {}), predictions.get(second, {})
-    needed = [len(column[name]) for name in (first, second) if name != ZERO_SHOT]
-    if first == ZERO_SHOT and one:
+    needed = [len(column[name]) for name in (first, second) if not (constant and name == ZERO_SHOT)]
+    if constant and first == ZERO_SHOT and one:
         one = dict.fromkeys(other, next(iter(one.values())))
-    if second == ZERO_SHOT and other:
+    if constant and second == ZERO_SHOT and other:
         other = dict.fromkeys(one, next(iter(other.values())))
     common = sorted(one.keys() & other.keys())
     if len(common) < min(needed, default=1):
@@ -286,9 +317,9 @@ def _within(column: Column, metric: str, name: str) -> bool:
 
 
 def _by_common_seed(column: Column, name: str, metric: str) -> tuple[list[float], list[float]]:
-    """Values of ``mle`` and of another method for the seeds of both; no seed changes the base model."""
+    """Values of ``mle`` and of another method for the seeds of both; all where no seed changes the base model."""
     base, own = column["mle"], column[name]
-    if name != ZERO_SHOT:
+    if name != ZERO_SHOT or not is_constant(own):
         seeds = {row.seed for row in base} & {row.seed for row in own}
         base, own = ([row for row in rows if row.seed in seeds] for rows in (base, own))
     return values(base, metric), values(own, metric)

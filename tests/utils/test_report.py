@@ -23,7 +23,7 @@ def scores(method: str, seed: int, task: str, samples: int) -> tuple[torch.Tenso
     data = torch.Generator().manual_seed(len(task))
     answer = torch.randint(C, (N,), generator=data)
     shared = torch.randn(N, C, generator=data)
-    noise = torch.Generator().manual_seed(seed + 100 * len(method))
+    noise = torch.Generator().manual_seed(100 * len(method) + (0 if method == "zero_shot" else seed))
     signal, sharpness = {"mle": (1.0, 4.0), "sgp": (2.2, 1.2), "zero_shot": (0.2, 1.0)}[method]
     mean = signal * torch.nn.functional.one_hot(answer, C) + shared + 0.1 * torch.randn(N, C, generator=noise)
     return sharpness * (mean + 0.8 * torch.randn(samples, N, C, generator=noise)), answer

@@ -179,6 +179,75 @@ def test_without_predictions_the_base_model_is_a_constant():
     assert not significant(column, "nll", "sgp")
 
 
+def drawn(seed: int, signal: float) -> Prediction:
+    """A prediction on a subset of the examples that the seed draws."""
+    whole, chosen = prediction(0, signal), np.random.default_rng(seed).permutation(400)[:200]
+    return Prediction(IDS[chosen], whole.answer[chosen], whole.log_probs[chosen])
+
+
+def scored_row(method: str, seed: int, found: Prediction) -> Row:
+    return replace(
+        make_row(method, seed), **{metric: score(found, metric) for metric in ("acc", "nll", "ece", "brier")}
+    )
+
+
+def test_a_base_model_whose_examples_a_seed_draws_is_compared_seed_by_seed():
+    """Its spread over seeds is that of the methods', which the differences are rid of."""
+    signals = {"sgp": 0.6, "mle": 0.5, "zero_shot": 0.4}
+    predictions = {m: {seed: drawn(seed, signal) for seed in range(4)} for m, signal in signals.items()}
+    column = {m: [scored_row(m, seed, p) for seed, p in found.items()] for m, found in predictions.items()}
+    mark_significant({m: column[m] for m in ("sgp", "zero_shot")}, predictions)
+    nll = {m: [row.nll for row in rows] for m, rows in column.items()}
+    assert column["sgp"][0].test_nll == "by seed"
+    assert column["sgp"][0].p_nll == pytest.approx(ttest_rel(nll["sgp"], nll["zero_shot"]).pvalue)
+    assert column["sgp"][0].p_nll < 1e-3
+    mark_significant(column, predictions)
+    assert column["sgp"][0].test_nll == "by seed", "so are two methods that train"
+    mark_significant({m: column[m] for m in ("sgp", "zero_shot")}, {})
+    assert column["sgp"][0].test_nll == "welch", "nothing tells that the examples are the same"
+    assert column["sgp"][0].p_nll == pytest.approx(welch(nll["sgp"], nll["zero_shot"]))
+
+
+@pytest.mark.parametrize(("seed_of_base", "test"), [(0, "paired"), (3, "welch")])
+def test_a_base_model_of_one_seeds_examples_is_no_constant(seed_of_base, test):
+    """The other seeds have other examples; only with the same ones is there a pair."""
+    predictions = {
+        "sgp": {seed: drawn(seed, 4.0) for seed in range(3)},
+        "zero_shot": {seed_of_base: drawn(seed_of_base, 0.4)},
+    }
+    column = {m: [scored_row(m, seed, p) for seed, p in found.items()] for m, found in predictions.items()}
+    mark_significant(column, predictions)
+    assert column["sgp"][0].test_nll == test
+    of_one = paired_p({0: predictions["sgp"][0]}, {0: drawn(0, 0.4)}, "nll")
+    assert column["sgp"][0].p_nll == (of_one if test == "paired" else 1.0)
+
+
+def test_a_seed_that_draws_other_examples_for_each_method_is_no_pair():
+    sgp, mle = {0: drawn(0, 4.0), 1: drawn(1, 4.0)}, {0: drawn(0, 0.1), 1: drawn(2, 0.1)}
+    column = {m: [scored_row(m, seed, p) for seed, p in of.items()] for m, of in (("sgp", sgp), ("mle", mle))}
+    mark_significant(column, {"sgp": sgp, "mle": mle})
+    assert column["sgp"][0].test_nll == "welch"
+
+
+def test_a_base_model_that_a_seed_changes_has_seeds_as_any_method():
+    rows = [make_row("mle", seed, 0.9 + 0.1 * seed) for seed in range(3)]
+    rows += [make_row("zero_shot", seed, 0.1 * seed) for seed in (1, 2)]
+    column = columns(rows, "m", "test")["arc"]
+    assert best(column, "nll") == "mle"
+    cells = next(table for table in tables(rows, "test") if "summary" in table.title).cells
+    assert {row[0][0]: row[5][0] for row in cells}["zero_shot"] == f"{100 * (1 - 0.15 / 1.05):.1f} %"
+    column = columns([*rows, make_row("zero_shot", 0, 0.1)], "m", "test")["arc"]
+    assert best(column, "nll") == "zero_shot"
+
+
+def test_rounding_leaves_the_base_model_a_constant():
+    rows = [make_row("sgp", seed, 0.1 + 0.01 * seed) for seed in range(3)]
+    for apart, test in ((1e-6, "one-sample"), (1e-2, "welch")):
+        base = [make_row("zero_shot", seed, 0.9 + apart * seed) for seed in range(3)]
+        mark_significant({"sgp": rows, "zero_shot": base}, {})
+        assert rows[0].test_nll == test
+
+
 def test_methods_are_paired_over_the_seeds_of_the_one_that_has_fewer():
     """The base model's one prediction stands for every seed; seeds without a partner fall to Welch's test."""
     runs = {"sgp": (0, 1, 2), "mle": (0, 1), "zero_shot": (0,)}
