@@ -21,7 +21,7 @@ from utils.report_figures import (
     draw_accuracy_calibration,
     draw_reliability,
     draw_samples,
-    file_name,
+    file_names,
     sample_curve,
 )
 from utils.report_rows import Row, read_csv, write_csv
@@ -44,19 +44,19 @@ def report_runs(roots: Sequence[Path], out: Path, split: str) -> tuple[list[Path
     _check_split(rows, split)
     models = sorted({row.model for row in rows})
     written = [out / "results.csv"]
-    for model in models:
-        for task, column in columns(rows, model, split).items():
-            predictions = _predictions(column, files)
-            if unlike := _of_other_examples(predictions):
-                text = "are not of the examples of other methods with the same seed, and are not paired with them"
-                notes.append(f"{model} on {task}: predictions of {', '.join(unlike)} {text}")
-            mark_significant(column, predictions)
-            _scale(column, files)
-            names = (model, task) if len(models) > 1 else (task,)
-            if found := {name: of_seeds for name, of_seeds in predictions.items() if of_seeds}:
-                written.append(draw_reliability(found, out / file_name("reliability", *names)))
-            if curves := _curves(column, files):
-                written.append(draw_samples(curves, out / file_name("samples", *names)))
+    panels = {(model, task): column for model in models for task, column in columns(rows, model, split).items()}
+    figures = file_names([names if len(models) > 1 else names[1:] for names in panels])
+    for ((model, task), column), figure in zip(panels.items(), figures.values(), strict=True):
+        predictions = _predictions(column, files)
+        if unlike := _of_other_examples(predictions):
+            text = "are not of the examples of other methods with the same seed, and are not paired with them"
+            notes.append(f"{model} on {task}: predictions of {', '.join(unlike)} {text}")
+        mark_significant(column, predictions)
+        _scale(column, files)
+        if found := {name: of_seeds for name, of_seeds in predictions.items() if of_seeds}:
+            written.append(draw_reliability(found, out / f"reliability_{figure}"))
+        if curves := _curves(column, files):
+            written.append(draw_samples(curves, out / f"samples_{figure}"))
     write_csv(out / "results.csv", rows)
     return written + report_rows(rows, out, split), notes
 

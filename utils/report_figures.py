@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,19 +24,25 @@ from utils.report_tables import Column, values
 PER_ROW = 4
 """Most panels side by side."""
 LONGEST = 100
-"""Characters of a file's name, but for its ending: the names of data files can be part of it."""
+"""Characters of a file's name, but for its kind and ending: the names of data files can be part of it."""
 FAR = 0.1
 """Methods whose accuracy is so much below the best of a panel are named below it: all others would be one spot."""
 SampleCurve = tuple[list[int], list[float], list[float]]
 """Numbers of samples, and for each the NLL (nats) and the ECE."""
 
 
-def file_name(kind: str, *names: str) -> str:
-    """kind_name_....png, with what a file name should not hold replaced; a long one ends in a hash of the whole."""
-    text = "_".join([kind, *(re.sub(r"[^\w.-]+", "-", name).strip("-") for name in names)])
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return text + ".png"
+def file_names(figures: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """For the names that tell each of some figures apart the end of a file's name, name_name_....png.
+
+    What a file name should not hold is replaced. A long one, and one that several figures would have, whatever the case
+    of its letters, ends in a hash of the names.
+    """
+    texts = {names: "_".join(re.sub(r"[^\w.-]+", "-", name).strip("-") for name in names) for names in figures}
+    count = Counter(text.casefold() for text in texts.values())
+    for names, text in texts.items():
+        if len(text) > LONGEST or count[text.casefold()] > 1:
+            texts[names] = f"{text[:LONGEST]}_{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
+    return {names: f"{text}.png" for names, text in texts.items()}
 
 
 def draw_reliability(predictions: Mapping[str, Mapping[int, Prediction]], path: Path) -> Path:

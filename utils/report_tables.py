@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -26,6 +27,8 @@ SHOWN_AS_MEAN = ("sgp",)
 TITLES = {"acc": "ACC", "nll": "NLL (nats)", "ece": "ECE", "brier": "Brier", **{a: a[6:] + " AUROC" for a in AUROCS}}
 ROUNDING = 1e-5
 """Difference in a metric that rounding makes between evaluations of one model on the same examples."""
+TIE = 1e-12
+"""Difference in a mean that its own rounding makes, as of one number of right answers over other seeds."""
 CAPTION = (
     "Mean ± standard deviation over seeds (their number in brackets where it varies). Bold: the best mean of those "
     f"with all seeds, if it differs from every other method of the task at level {ALPHA} (two-sided). Two methods with "
@@ -39,6 +42,8 @@ CAPTION = (
 TEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
     | {
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
         "\\": r"\textbackslash{}",
         "|": r"\textbar{}",
         "^": r"\textasciicircum{}",
@@ -47,6 +52,8 @@ TEX = str.maketrans(
     }
 )
 """Signs that LaTeX reads otherwise."""
+MARKDOWN = re.compile(r"[\\`*<>&|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=\()")
+"""Signs that Markdown reads otherwise: an underscore within a word is none, nor are brackets that are no link."""
 SCALED = {
     "nll_scaled": "NLL (nats) after temperature scaling",
     "ece_scaled": "ECE after temperature scaling",
@@ -85,10 +92,21 @@ def values(rows: Iterable[Row], metric: str) -> list[float]:
 
 def best(column: Column, metric: str) -> str | None:
     """The method with the best mean, of those with all seeds; the first of equal ones, None if nobody has a value."""
+    losses = _losses(column, metric)
+    return min(losses, key=lambda name: losses[name]) if losses else None
+
+
+def has_best_mean(column: Column, metric: str, name: str) -> bool:
+    """Whether a method has the best mean, alone or as others do."""
+    losses = _losses(column, metric)
+    return name in losses and losses[name] - min(losses.values()) <= TIE
+
+
+def _losses(column: Column, metric: str) -> dict[str, float]:
+    """Means of the methods with all seeds, the least being the best."""
     sign = -1.0 if metric == "acc" else 1.0
     whole = {name: rows for name, rows in column.items() if has_all_seeds(column, name)}
-    means = {name: sign * fmean(found) for name, rows in whole.items() if (found := values(rows, metric))}
-    return min(means, key=lambda name: means[name]) if means else None
+    return {name: sign * fmean(found) for name, rows in whole.items() if (found := values(rows, metric))}
 
 
 def has_all_seeds(column: Column, name: str) -> bool:
@@ -218,11 +236,9 @@ def spread(found: Sequence[float], count: bool = False) -> str:
 
 def markdown(table: Table) -> str:
     """A heading, the table and its caption."""
-    lines = [
-        [f"**{text}**" if bold and text else text.replace("|", "\\|") for text, bold in row] for row in table.cells
-    ]
+    lines = [[f"**{_md(t)}**" if b and t else _md(t) for t, b in row] for row in table.cells]
     body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-    return f"## {table.title}\n\n{body}\n\n{table.caption}\n"
+    return f"## {_md(table.title)}\n\n{body}\n\n{_md(table.caption)}\n"
 
 
 def latex(table: Table) -> str:
@@ -279,16 +295,16 @@ def _summary(title: str, of_model: Mapping[str, Column], names: Sequence[str]) -
         line = [name, str(len(ran))]
         for metric in METRICS[:3]:
             near = sum(_within(column, metric, name) for column in ran)
-            line.append(f"{sum(best(column, metric) == name for column in ran)} / {near}")
+            line.append(f"{sum(has_best_mean(column, metric, name) for column in ran)} / {near}")
         for metric in ("nll", "ece"):
             pairs = [_by_common_seed(c, name, metric) for c in ran if "mle" in c and name != "mle"]
             cuts = [1 - fmean(b) / fmean(a) for a, b in pairs if a and b and fmean(a) > 0]
             line.append(f"{100 * fmean(cuts):.1f} %" if cuts else "")
         cells.append([(text, False) for text in line])
     caption = (
-        "Number of tasks on which a method has the best mean / lies within one standard error of the best (that of the "
-        "best method over its seeds; 0 for one seed); where it has fewer seeds than others it does neither. Reductions "
-        "relative to mle with the same seeds, averaged over the tasks of both."
+        "Number of tasks on which a method has the best mean (all that tie do) / lies within one standard error of the "
+        "best (that of the best method over its seeds; 0 for one seed); where it has fewer seeds than others it does "
+        "neither. Reductions relative to mle with the same seeds, averaged over the tasks of both."
     )
     return Table(title, caption, cells)
 
@@ -313,7 +329,7 @@ def _within(column: Column, metric: str, name: str) -> bool:
         return False
     top = values(column[winner], metric)
     error = stdev(top) / math.sqrt(len(top)) if len(top) > 1 else 0.0
-    return abs(fmean(own) - fmean(top)) <= error
+    return abs(fmean(own) - fmean(top)) <= error + TIE
 
 
 def _by_common_seed(column: Column, name: str, metric: str) -> tuple[list[float], list[float]]:
@@ -334,6 +350,10 @@ def _shifted(rows: Sequence[Row], model: str) -> Table:
                 line = [task, split[4:], name, *(spread(values(of_seeds, metric)) for metric in known)]
                 cells.append([(text, False) for text in line])
     return Table(f"{model}: out of distribution", "Mean ± standard deviation over seeds.", cells)
+
+
+def _md(text: str) -> str:
+    return MARKDOWN.sub(r"\\\g<0>", text)
 
 
 def _tex(text: str) -> str:

@@ -331,6 +331,18 @@ def test_names_of_data_files_fit_into_names_of_figures(tmp_path):
     assert len(list((tmp_path / "out").glob("reliability_*.png"))) == 2
 
 
+def test_figures_of_tasks_of_similar_names_are_files_of_their_own(tmp_path):
+    """arc (64), with 64 training examples, beside a task called arc-64, and one in capitals."""
+    write_run(tmp_path / "runs" / "subset")
+    for task in ("arc-64", "ARC-64"):
+        changed_config(write_run(tmp_path / "runs" / task, task=task), {"dset.train_subset": None})
+    write_run(tmp_path / "runs" / "boolq", task="boolq")
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out").glob("reliability_*.png")}
+    assert len({name.casefold() for name in names}) == 4
+    assert "reliability_boolq-64.png" in names
+
+
 def test_numbers_of_samples_are_variants_of_methods_that_sample_only(tmp_path):
     for seed, samples in enumerate((8, 4)):
         changed_config(write_run(tmp_path / f"mle{seed}", seed=seed), {"eval.n_mc": samples})

@@ -1,6 +1,7 @@
 """Tests of significance and tables where the answer is known."""
 
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -310,6 +311,18 @@ def test_summary_counts_and_reductions():
     assert found["sgp"][4:] == [f"{100 * nll_cut:.1f} %", f"{100 * ece_cut:.1f} %"]
 
 
+def test_all_that_tie_have_the_best_mean():
+    """As a method and itself with a temperature do in accuracy, up to the last bit of the mean."""
+    rows = [make_row(m, s, 0.5 + 0.1 * s) for m in ("mle", "temperature", "sgp") for s in (0, 1, 2)]
+    for row, acc in zip(rows, (0.1, 0.2, 0.3, 0.2, 0.2, 0.2 + 1e-16, 0.1, 0.1, 0.1), strict=True):
+        row.acc = acc
+    rows[-1].nll = 0.9
+    assert len({fmean(row.acc for row in rows[i : i + 3]) for i in (0, 3)}) == 2, "not the same float"
+    cells = next(table for table in tables(rows, "test") if "summary" in table.title).cells
+    found = {row[0][0]: [text for text, _ in row[2:4]] for row in cells}
+    assert (found["mle"], found["temperature"], found["sgp"]) == (["1 / 1"] * 2, ["1 / 1"] * 2, ["0 / 0"] * 2)
+
+
 def test_fewer_seeds_than_others_have_neither_win_nor_tie():
     """One good seed against three whose third failed; the seed of both favours mle."""
     rows = [make_row("mle", s, nll, ece_=nll / 10) for s, nll in enumerate((0.3, 0.4, 1.2))]
@@ -342,10 +355,19 @@ def test_the_base_models_runs_are_no_seeds():
 
 
 def test_signs_that_latex_reads_otherwise():
-    table = Table("a_b", "p^(1/T) ~ 5 % \\ 1 ± 2 |", [[("x", False)]])
+    table = Table("a_b", "p^(1/T) ~ 5 % \\ 1 ± 2 | <s>", [[("x", False)]])
     assert latex(table).splitlines()[2] == (
-        r"\caption{a\_b. p\textasciicircum{}(1/T) \textasciitilde{} 5 \% \textbackslash{} 1 $\pm$ 2 \textbar{}}"
+        r"\caption{a\_b. p\textasciicircum{}(1/T) \textasciitilde{} 5 \% \textbackslash{} 1 $\pm$ 2 \textbar{} "
+        r"\textless{}s\textgreater{}}"
     )
+
+
+def test_signs_that_markdown_reads_otherwise():
+    """In titles, captions and cells; what is a name as it stands is left so."""
+    names = r"[<s>*a*] [_a_b__c_] [a|b](c) \ & ~`$1.5 (mc_dropout)"
+    escaped = r"[\<s\>\*a\*] [\_a_b\_\_c\_] [a\|b\](c) \\ \& \~\`\$1.5 (mc_dropout)"
+    text = markdown(Table(names, names, [[(names, False)], [(names, True)]]))
+    assert text == f"## {escaped}\n\n| {escaped} |\n| --- |\n| **{escaped}** |\n\n{escaped}\n"
 
 
 def test_methods_that_train_have_a_summary_of_their_own():
