@@ -32,6 +32,7 @@ from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, execute, launch
 from utils.distributed import started_several
+from utils.locks import try_lock
 from utils.search.analysis import hypervolume_curves, importances
 from utils.search.experiment import experiment_of, write_experiment
 from utils.search.figures import plot_search
@@ -41,7 +42,7 @@ from utils.search.sampler import NumberedSampler
 from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
-from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, try_lock, work
+from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, work
 from utils.settings import check, check_types, compose, differing, fingerprint, flat, one_line, plain
 
 logger = logging.getLogger("search")

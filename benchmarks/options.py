@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.run import CONFIGS
 from train_script import USER_ERRORS
 from utils.distributed import started_several
-from utils.search.study import try_lock
+from utils.locks import try_lock
 from utils.settings import one_line
 
 OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w.@]*=|~[A-Za-z_]")

@@ -6,7 +6,7 @@ import weakref
 from pathlib import Path
 from typing import TextIO
 
-from utils.search.study import try_lock
+from utils.locks import try_lock
 
 logger = logging.getLogger("train")
 

@@ -11,7 +11,7 @@ from pipeline import claim as claims
 from pipeline.claim import LOCK, claim
 from pipeline.evaluation import finish
 from pipeline.run import CONFIGS, prepare
-from utils.search.study import try_lock
+from utils.locks import try_lock
 from utils.settings import compose
 
 

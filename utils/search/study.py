@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import optuna
 from optuna import Study, Trial, TrialPruned
@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from utils.locks import try_lock
 from utils.search.place import check_place, keep_place
 from utils.search.sampler import WORKER
 from utils.search.selection import SIGNS, Point
@@ -139,17 +140,6 @@ class Worker:
             path.unlink(missing_ok=True)
             held.close()
         return held is None
-
-
-def try_lock(path: Path) -> TextIO | None:
-    """Lock a file for this process while it stays open; None if another process holds it."""
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def is_lost(trial: FrozenTrial) -> bool:
