@@ -257,9 +257,9 @@ def replace_factors(
 
 
 def _compute_dtype(base: nn.Module, model: nn.Module) -> torch.dtype:
-    """What a layer computes in: its weight's dtype, or one that it or the model names; float32 if none does."""
+    """What a layer computes in: its weight's dtype, or the one that the model or it names; float32 if none does."""
     weight: Any = getattr(base, "weight", None)  # some quantised layers have none
-    named = (getattr(weight, "dtype", None), getattr(base, "compute_dtype", None), getattr(model, "dtype", None))
+    named = (getattr(weight, "dtype", None), getattr(model, "dtype", None), getattr(base, "compute_dtype", None))
     return next((t for t in named if isinstance(t, torch.dtype) and can_compute(t)), torch.float32)
 
 
