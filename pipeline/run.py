@@ -157,7 +157,7 @@ def check_adapter(start: str) -> None:
     folder = Path(start)
     if not start or not folder.is_dir():
         raise FileNotFoundError(f"train.init_adapter={start} is no folder: name that of a saved adapter")
-    if not any(folder.glob(pattern) for pattern in (ADAPTER_CONFIG, f"*/{ADAPTER_CONFIG}")):
+    if not [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]:
         raise FileNotFoundError(f"train.init_adapter={start} holds no {ADAPTER_CONFIG}: name that of a saved adapter")
     if (folder / "adapter" / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"train.init_adapter={start} is a run's folder: name {folder / 'adapter'}")

@@ -427,7 +427,9 @@ def test_what_a_method_is_fitted_to_must_be_there_before_anything_is_written(tmp
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("damage", ["weights", "no weights", "config", "of another width", "run folder", "not json"])
+@pytest.mark.parametrize(
+    "damage", ["weights", "no weights", "config", "of another width", "run folder", "not json", "empty"]
+)
 def test_an_adapter_that_cannot_be_loaded_is_told_in_one_line(tmp_path, overrides, damage):
     adapter = execute(overrides("method=mle", "train.max_steps=1", folder="old")).folder / "adapter"
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
@@ -440,6 +442,9 @@ def test_an_adapter_that_cannot_be_loaded_is_told_in_one_line(tmp_path, override
         config.write_text("{}")
     elif damage == "not json":
         config.write_text("{")
+    elif damage == "empty":
+        adapter = adapter.parent / "empty"
+        adapter.mkdir()
     elif damage == "of another width":
         more = ["llm.architecture.hidden_size=64"]
     else:
@@ -447,6 +452,7 @@ def test_an_adapter_that_cannot_be_loaded_is_told_in_one_line(tmp_path, override
     message = failure(overrides("method=mle", f"train.init_adapter={adapter}", *more))
     assert_one_line(message)
     assert f"train.init_adapter={adapter}" in message
+    assert damage != "empty" or "holds no adapter_config.json" in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
