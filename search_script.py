@@ -65,11 +65,12 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     if started_several():
         raise ValueError("search_script.py runs without torchrun: start the same command several times instead")
     space = read_space(plain(settings.space))
-    first = settings_of(base, first_values(space))  # what no trial could run is found before anything is written
+    values = first_values(space)  # what no trial could run is found before anything is written
+    first = settings_of(base, values)
     check(first)
     check_types(first, CONFIGS)
     if settings.select.rules:
-        experiment_of(CONFIGS, [*base, *overrides_of(first_values(space), CONFIGS)])
+        experiment_of(CONFIGS, [*base, *overrides_of(values, CONFIGS)])
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None
     judged = {key: plain(settings)[key] for key in ("space", "objectives", "n_mc", "sampler", "seed")}
     begun = flat(fingerprint(compose(CONFIGS, base)) | {"search": judged | {"final_n_mc": cfg.eval.n_mc}})

@@ -141,6 +141,12 @@ class Setting(NamedTuple):
     rate: float
     own: str = "default"
 
+    @classmethod
+    def named(cls, name: str) -> "Setting":
+        """The setting that ``str`` gives this name."""
+        rate, _, own = name.partition("_")
+        return cls(float(rate), own or "default")
+
     def __str__(self) -> str:
         return f"{self.rate:g}" if self.own == "default" else f"{self.rate:g}_{self.own}"
 
@@ -161,11 +167,6 @@ class Comparison(NamedTuple):
         if method not in OWN:
             return {}
         return (EARLY_STOPPING if self.early_stopping else {}) | OWN[method]
-
-    def setting_of(self, method: str, name: str) -> Setting | None:
-        """The setting by its name in ``tuning.json``; None for a value of its own that is not tried here."""
-        rate, _, own = name.partition("_")
-        return Setting(float(rate), own or "default") if not own or own in self.own(method) else None
 
     def overrides(
         self, task: str, method: str, seed: int, setting: Setting, tuned_as: str = "", more: Sequence[str] = ()
@@ -194,20 +195,15 @@ class Comparison(NamedTuple):
 
     def check_runs(self, tasks: Collection[str]) -> None:
         """Raise ValueError for settings with which no run could be made, by any method that trains."""
-        task = next(iter(tasks))
-        for method in RATES:
+        for task, method in itertools.product(tuple(tasks)[:1], RATES):
             job = self.final_job(task, method, Setting(RATES[method][0]), SEEDS[0])
             cfg = compose(CONFIGS, [*job.overrides, quoted("paths.output_dir", job.folder)])
             check(cfg)
             check_types(cfg, CONFIGS)
 
-    def tuning_folder(self, task: str, method: str, setting: str, seed: int) -> Path:
-        """Where the search keeps the run of a setting, as ``tuning.json`` names it, with a seed."""
-        return self.out / "tune" / task / method / setting / f"seed{seed}"
-
     def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
         """One setting of the search with one seed."""
-        folder = self.tuning_folder(task, method, str(setting), seed)
+        folder = self.out / "tune" / task / method / str(setting) / f"seed{seed}"
         return Job(folder, self.overrides(task, method, seed, setting), False)
 
     def final_folder(self, task: str, method: str, setting: Setting, seed: int) -> Path:
@@ -296,8 +292,8 @@ class Comparison(NamedTuple):
         for task, method in itertools.product(tasks, RATES):
             ended = known.unfinished is not None and method not in known.unfinished.get(task, ())
             for name, runs in known.of.get(task, {}).get(method, {}).items():
-                setting = self.setting_of(method, name)
-                if setting is None:
+                setting = Setting.named(name)
+                if setting.own not in ("default", *self.own(method)):
                     continue
                 for seed, metrics in runs.items():
                     leave(self.tuning_job(task, method, setting, seed), TUNED, metrics)

@@ -61,11 +61,11 @@ def chosen_in(path: Path, task: str) -> dict[str, dict[str, Setting]]:
     return found
 
 
-def _parsed(method: str, setting: str) -> Setting:
-    rate, _, own = setting.partition("_")
-    if own and own not in EARLY_STOPPING | OWN[method]:
-        raise ValueError(f"{method} has no setting {own} any more, which the search tried: search anew")
-    return Setting(float(rate), own or "default")
+def _parsed(method: str, name: str) -> Setting:
+    setting = Setting.named(name)
+    if setting.own not in ("default", *EARLY_STOPPING, *OWN[method]):
+        raise ValueError(f"{method} has no setting {setting.own} any more, which the search tried: search anew")
+    return setting
 
 
 def run(

@@ -1,5 +1,7 @@
 """What random factors ask of PEFT's LoRA layers."""
 
+from collections.abc import Iterator
+
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -36,16 +38,19 @@ def has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
-def plain_layers(model: nn.Module, method: str) -> list[tuple[LoraLayer, str]]:
-    """The LoRA layers of a model, each with every active adapter's name; ValueError as of ``check_plain``."""
-    layers = []
+def active_adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
+    """Path, layer and name of every active adapter of the LoRA layers of a model."""
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            for name in layer.active_adapters:
-                if has_adapter(layer, name):
-                    check_plain(layer, name, path, method)
-                    layers.append((layer, name))
-    return layers
+            yield from ((path, layer, name) for name in layer.active_adapters if has_adapter(layer, name))
+
+
+def plain_layers(model: nn.Module, method: str) -> list[tuple[LoraLayer, str]]:
+    """The LoRA layers of a model, each with every active adapter's name; ValueError as of ``check_plain``."""
+    adapters = list(active_adapters(model))
+    for path, layer, name in adapters:
+        check_plain(layer, name, path, method)
+    return [(layer, name) for _, layer, name in adapters]
 
 
 def not_linear(module: nn.Module, path: str, method: str) -> ValueError:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -52,7 +53,6 @@ EVALUATED = ("reliability.*", "predictions_*.npz")
 """What a run that goes on removes from its folder: the results of its end, which it will come to again."""
 WRITTEN = (*EVALUATED, "adapter", "checkpoint", "curves.png")
 """What one that starts afresh removes; the rest is written over at once."""
-ADAPTER_CONFIG = "adapter_config.json"
 DAMAGED = (SafetensorError, KeyError, json.JSONDecodeError, HFValidationError, RuntimeError)
 """Errors of reading an adapter whose files are not what they should be."""
 FREE_DISK_BYTES = 200 * 2**20
@@ -157,9 +157,9 @@ def check_adapter(start: str) -> None:
     folder = Path(start)
     if not start or not folder.is_dir():
         raise FileNotFoundError(f"train.init_adapter={start} is no folder: name that of a saved adapter")
-    if not [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]:
-        raise FileNotFoundError(f"train.init_adapter={start} holds no {ADAPTER_CONFIG}: name that of a saved adapter")
-    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
+    if not [*folder.glob(CONFIG_NAME), *folder.glob(f"*/{CONFIG_NAME}")]:
+        raise FileNotFoundError(f"train.init_adapter={start} holds no {CONFIG_NAME}: name that of a saved adapter")
+    if (folder / "adapter" / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"train.init_adapter={start} is a run's folder: name {folder / 'adapter'}")
 
 
@@ -283,7 +283,8 @@ def plan(
 def evaluation_shapes(cfg: DictConfig, world: World, data: TaskData, encoder: Encoder) -> list[Shape]:
     """The forward passes of evaluation, each with as many samples as may share it (see ``bnn.predictive.predict``)."""
     samples, found = max(cfg.eval.n_mc, cfg.eval.every_n_mc or 1), []
-    for examples in (getattr(data, cfg.eval.split), data.validation, data.test, *data.ood.values()):
+    splits = {name: getattr(data, name) for name in (cfg.eval.split, "validation", "test")}
+    for examples in (*splits.values(), *data.ood.values()):
         lengths = [encoder.length(example) for example in examples]
         batches = [chosen for _, chosen in length_sorted(examples, lengths, cfg.eval.batch_size)]
         passes = [Shape(-(-len(chosen) // world.size), *encoder.widths(chosen)) for chosen in batches]

@@ -153,10 +153,11 @@ def _compared(
     found = [p for method in (winner, name) for p in predictions.get(method, {}).values()]
     constant = ZERO_SHOT in (winner, name) and is_constant(column[ZERO_SHOT]) and same_examples(found)
     one, other = _of_common_seeds(column, winner, name, predictions, constant)
-    if pairable(one, other) or pairable_by_seed(one, other):
-        test, p_of = ("paired", paired_p) if pairable(one, other) else ("by seed", by_seed_p)
-        ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
-        return p_of(one, other, metric) if ahead else 1.0, test
+    tests = {"paired": (pairable, paired_p), "by seed": (pairable_by_seed, by_seed_p)}
+    for test, (fits, p_of) in tests.items():
+        if fits(one, other):
+            ahead = _favours(one, other, metric)  # all seeds favour the winner, the common ones need not
+            return p_of(one, other, metric) if ahead else 1.0, test
     if constant:
         trained = winner if name == ZERO_SHOT else name
         return constant_p(values(column[trained], metric), values(column[ZERO_SHOT], metric)[0]), "one-sample"

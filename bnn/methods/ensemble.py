@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from bnn.lora import KEEPING_BASE
 from bnn.methods.base import Method, check_layers, check_targets
-
-CONFIG = "adapter_config.json"
-"""The file by which PEFT knows an adapter's folder."""
 
 
 class Ensemble(Method):
@@ -63,13 +61,13 @@ class Ensemble(Method):
             ValueError: if the folder holds more members than the method has, or those of a model of other layers.
         """
         folder = Path(folder)
-        missing = [name for name in self.names if not (folder / name / CONFIG).is_file()]
+        missing = [name for name in self.names if not (folder / name / CONFIG_NAME).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{folder} lacks {', '.join(missing)} of an ensemble with members={len(self.names)}: give the folder "
                 "of a whole ensemble, or the number of members it was trained with"
             )
-        extra = sorted(p.parent.name for p in folder.glob(f"member*/{CONFIG}") if p.parent.name not in self.names)
+        extra = sorted(p.parent.name for p in folder.glob(f"member*/{CONFIG_NAME}") if p.parent.name not in self.names)
         if extra:
             raise ValueError(
                 f"{folder} also holds {', '.join(extra)}, but the method has members={len(self.names)}: "

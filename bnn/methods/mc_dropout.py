@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from bnn.lora import check_no_variant
+from bnn.lora import active_adapters, check_no_variant
 from bnn.methods.base import PointEstimate, of_type
 from bnn.methods.mle import MLE
 
@@ -89,8 +89,6 @@ class MCDropout(MLE):
 
 def _without_variants(model: PeftModel) -> PeftModel:
     """The model, or ValueError for a variant of LoRA (DoRA, ...): PEFT leaves its dropout out at prediction."""
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            for name in layer.active_adapters:
-                check_no_variant(layer, name, path, "method=mc_dropout")
+    for path, layer, name in active_adapters(model):
+        check_no_variant(layer, name, path, "method=mc_dropout")
     return model
