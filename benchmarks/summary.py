@@ -1,0 +1,192 @@
+"""SGP-LoRA among the methods that train, over all tasks of each comparison: the README's summary, from its results.
+
+    python -m benchmarks.summary            # prints its Markdown tables
+
+The first counts the tasks on which its mean over the seeds is the best, and in brackets, where that is more, those on
+which it is the best or within one standard error of it (that of the best, over its seeds); and it has the median over
+the tasks of what it takes off LoRA's NLL and ECE. The others have the means over nine tasks, each with one standard
+error over the seeds: without and with early stopping for every method, where post-hoc methods, which start from what
+another has learned, have rows too; and with a temperature for each of those that train.
+"""
+
+import argparse
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import NamedTuple
+
+from benchmarks.comparison import AS, POST_HOC, RATES, TASKS
+from benchmarks.options import one_line_errors
+from benchmarks.tried import FOREMOST
+from benchmarks.workers import by_key
+from utils.report_rows import Row, read_csv
+from utils.report_tables import TIE, Column, columns, values
+
+RESULTS = Path(__file__).parent / "results"
+TRAINED = tuple(method for first in RATES for method in (first, *AS.get(first, ())))
+"""Methods that are compared."""
+SHOWN = (*TRAINED, *(method for first in RATES for method in POST_HOC.get(first, ())))
+BASELINE = "mle"
+METRICS = {"acc": (100, 1), "nll": (1, 3), "ece": (100, 1), "nll_scaled": (1, 3), "ece_scaled": (100, 1)}
+"""With the factor and the digits in which they are shown: ACC and ECE in per cent, NLL in nats."""
+SCALED = ("nll_scaled", "ece_scaled")
+"""Those after a temperature fitted on validation data; see ``utils.report``."""
+HALF_A_POINT = 0.005
+SMOLLM2, GEMMA = "SmolLM2-135M-Instruct", "gemma-3-270m"
+
+
+class Grid(NamedTuple):
+    """Tasks and methods with the settings of one search, in a folder of results."""
+
+    label: str
+    folder: str
+    model: str = SMOLLM2
+    rules: tuple[str, ...] = ("acc", "nll")
+    stopping: int | None = None
+    """The times of a task's epochs, where every method may stop early: what that changes is in files of its own."""
+
+
+Found = Mapping[tuple[Grid, str], dict[str, Column]]
+"""By grid and rule its tasks, by task each method's rows."""
+TABLES = (Grid("1 to 15 epochs", "comparison"), Grid("four times the epochs", "longer_tuned"))
+"""Those of all tasks."""
+STOPPING = (
+    Grid("1 to 15 epochs, every method may stop early", "comparison", stopping=1),
+    Grid("four times the epochs, every method may stop early", "longer_tuned", stopping=4),
+)
+"""The same with early stopping for every method."""
+FEWER = (
+    Grid("four times the epochs, the settings of the first row", "longer", rules=("acc",)),
+    Grid("Gemma, 1 to 15 epochs", "comparison", model=GEMMA),
+)
+"""Those of some tasks."""
+
+
+def read(grid: Grid, rule: str, results: Path = RESULTS) -> dict[str, Column]:
+    """By task each method's rows on test, one per seed.
+
+    Raises:
+        ValueError: for files that are none of a report, or lack runs that others of the task have.
+    """
+    tasks = columns(read_csv(results / grid.folder / f"by_{rule}" / "results.csv"), grid.model, "test")
+    if grid.stopping is not None:
+        folder = results / "early_stopping"
+        changed = columns(read_csv(folder / f"times_{grid.stopping}.csv"), grid.model, "test")
+        for task, method in choices_changed(folder / "chosen.csv", grid.stopping, rule):
+            tasks[task][method] = changed.get(task, {}).get(method, [])
+    for task, column in tasks.items():
+        seeds = {row.seed for row in column[BASELINE]}
+        if lacking := [name for name in SHOWN if name in column and {row.seed for row in column[name]} != seeds]:
+            raise ValueError(f"{grid.label}, by {rule}: {lacking[0]} on {task} has not all seeds that LoRA has")
+    return tasks
+
+
+def read_all(grids: Sequence[Grid], results: Path = RESULTS) -> Found:
+    """Each grid by each of its rules; errors as of ``read``."""
+    return {(grid, rule): read(grid, rule, results) for grid in grids for rule in grid.rules}
+
+
+def choices_changed(path: Path, times: int, rule: str) -> list[tuple[str, str]]:
+    """Task, as a report names it, and method of the choices that early stopping changes, post-hoc methods included."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (int(row["times"]), row["rule"]) == (times, rule)]
+    return [
+        (task_name(row["task"]), method)
+        for row in rows
+        if row["without"] != row["with"]
+        for method in (row["method"], *POST_HOC.get(row["method"], ()))
+    ]
+
+
+def task_name(task: str) -> str:
+    """What a report calls a task of the comparison."""
+    of = by_key(TASKS[task])
+    return f"{of['dset']} ({of['dset.train_subset']})" if "dset.train_subset" in of else of["dset"]
+
+
+def mean(rows: Sequence[Row], metric: str) -> float:
+    """Over the seeds."""
+    return fmean(values(rows, metric))
+
+
+def standard_error(rows: Sequence[Row], metric: str) -> float:
+    """Of that mean."""
+    return stdev(values(rows, metric)) / math.sqrt(len(rows))
+
+
+def behind(column: Column, metric: str) -> tuple[float, float]:
+    """How far ``FOREMOST`` is from the best of ``TRAINED``, and the standard error of the best."""
+    sign = -1 if metric == "acc" else 1
+    losses = {name: sign * mean(column[name], metric) for name in TRAINED}
+    best = min(losses, key=lambda name: losses[name])
+    return losses[FOREMOST] - losses[best], standard_error(column[best], metric)
+
+
+def counts(tasks: dict[str, Column]) -> list[str]:
+    """The cells of a row of the first table."""
+    cells = [str(len(tasks))]
+    for metric in ("nll", "ece", "acc"):
+        found = [behind(column, metric) for column in tasks.values()]
+        best = sum(distance <= TIE for distance, _ in found)
+        tied = sum(distance <= max(error, TIE) for distance, error in found)
+        cells.append(f"{best} ({tied})" if tied > best else f"{best}")
+    cells.append(str(sum(behind(column, "acc")[0] <= HALF_A_POINT + TIE for column in tasks.values())))
+    for metric in ("nll", "ece"):
+        taken = [1 - mean(column[FOREMOST], metric) / mean(column[BASELINE], metric) for column in tasks.values()]
+        cells.append(f"{100 * median(taken):.0f} %")
+    return cells
+
+
+def means(tasks: dict[str, Column], method: str, metrics: Sequence[str]) -> str:
+    """A cell of a table of means over the tasks; empty if a task lacks a run's value."""
+    shown = []
+    for metric in metrics:
+        factor, digits = METRICS[metric]
+        columns_of = [column[method] for column in tasks.values()]
+        if any(len(values(rows, metric)) < len(rows) for rows in columns_of):
+            return ""
+        value = fmean(mean(rows, metric) for rows in columns_of)
+        error = math.hypot(*(standard_error(rows, metric) for rows in columns_of)) / len(columns_of)
+        shown.append(f"{factor * value:.{digits}f} ± {factor * error:.{digits}f}")
+    return " / ".join(shown)
+
+
+def counted(found: Found) -> str:
+    """The first table."""
+    head = ["", "tasks", "NLL lowest", "ECE lowest", "ACC highest", "ACC within half a point"]
+    lines = [*_head([*head, "off LoRA's NLL", "off LoRA's ECE"])]
+    for (grid, rule), tasks in found.items():
+        label = f"{grid.label}, by {rule.upper()}" if rule == grid.rules[0] else f"the same, by {rule.upper()}"
+        lines.append(f"| {' | '.join([label, *counts(tasks)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def averaged(found: Found, methods: Sequence[str] = SHOWN, metrics: Sequence[str] = ("acc", "nll", "ece")) -> str:
+    """A table of means: a row for each method, a column for each grid by a rule."""
+    head = " / ".join(metric.removesuffix("_scaled").upper() for metric in metrics)
+    lines = [*_head([head, *(f"{grid.label}, by {rule.upper()}" for grid, rule in found)])]
+    for method in methods:
+        lines.append(f"| `{method}` | {' | '.join(means(tasks, method, metrics) for tasks in found.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _head(cells: Sequence[str]) -> tuple[str, str]:
+    return f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    with one_line_errors():
+        print(counted(read_all((TABLES[0], STOPPING[0], TABLES[1], STOPPING[1], *FEWER))))
+        tables = read_all(TABLES)
+        print(averaged(tables))
+        print(averaged(read_all(STOPPING)))
+        print(averaged(tables, TRAINED, SCALED), end="")
+
+
+if __name__ == "__main__":
+    main()
