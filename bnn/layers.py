@@ -111,7 +111,7 @@ class InducingFactor(nn.Module):
             size, depth = spec.m_r * spec.m_c, spec.flow_depth
             self.flow = InducingFlow(size, depth, spec.flow_hidden) if depth else None
         self._sample: Tensor | None = None
-        self._mean: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._mean: tuple[list[tuple[int, int]] | None, Tensor] | None = None
         self._stack: tuple[dict[str, weakref.ref[Tensor]], int] | None = None
         self.register_load_state_dict_post_hook(_stay_in_float32)
 
@@ -193,12 +193,20 @@ class InducingFactor(nn.Module):
         behind = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         behind += () if self.flow is None else self.flow.parameters()
         behind += self._leaves().values()
-        counted = not any(t.is_inference() or (self.training and t.grad is not None) for t in behind)
-        key = [(t.data_ptr(), t._version) for t in behind] if counted else []
-        if self._mean is None or self._mean[0] != key or not counted:
+        key = self._versions(behind)
+        if key is None or self._mean is None or self._mean[0] != key:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
                 self._mean = (key, posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0])
         return self._mean[1]
+
+    def _versions(self, behind: list[Tensor]) -> list[tuple[int, int]] | None:
+        """What changes with the values of the tensors, or None where nothing tells."""
+        if self.training and any(t.grad is not None for t in behind):
+            return None
+        try:
+            return [(t.data_ptr(), t._version) for t in behind]
+        except RuntimeError:  # one was made in inference mode
+            return None
 
     @property
     def has_sample(self) -> bool:
