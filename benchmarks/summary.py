@@ -1,6 +1,6 @@
 """SGP-LoRA among the methods that train, over all tasks of each comparison: the README's summary, from its results.
 
-    python -m benchmarks.summary            # prints its Markdown tables
+    python -m benchmarks.summary --figure images/comparison_summary.png    # prints its Markdown tables
 
 The first counts the tasks on which its mean over the seeds is the best, and in brackets, where that is more, those on
 which it is the best or within one standard error of it (that of the best, over its seeds); and it has the median over
@@ -17,10 +17,15 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from benchmarks.comparison import AS, POST_HOC, RATES, TASKS
 from benchmarks.options import one_line_errors
 from benchmarks.tried import FOREMOST
 from benchmarks.workers import by_key
+from utils.plots import COLOURS, STYLE, TITLES, save_figure
 from utils.report_rows import Row, read_csv
 from utils.report_tables import TIE, Column, columns, values
 
@@ -31,6 +36,7 @@ SHOWN = (*TRAINED, *(method for first in RATES for method in POST_HOC.get(first,
 BASELINE = "mle"
 METRICS = {"acc": (100, 1), "nll": (1, 3), "ece": (100, 1), "nll_scaled": (1, 3), "ece_scaled": (100, 1)}
 """With the factor and the digits in which they are shown: ACC and ECE in per cent, NLL in nats."""
+DRAWN = ("nll", "ece")
 SCALED = ("nll_scaled", "ece_scaled")
 """Those after a temperature fitted on validation data; see ``utils.report``."""
 HALF_A_POINT = 0.005
@@ -139,17 +145,23 @@ def counts(tasks: dict[str, Column]) -> list[str]:
     return cells
 
 
+def over_tasks(tasks: dict[str, Column], method: str, metric: str) -> tuple[float, float] | None:
+    """The mean over the tasks and one standard error of it over the seeds; None if a task lacks a run's value."""
+    of = [column[method] for column in tasks.values()]
+    if any(len(values(rows, metric)) < len(rows) for rows in of):
+        return None
+    error = math.hypot(*(standard_error(rows, metric) for rows in of)) / len(of)
+    return fmean(mean(rows, metric) for rows in of), error
+
+
 def means(tasks: dict[str, Column], method: str, metrics: Sequence[str]) -> str:
-    """A cell of a table of means over the tasks; empty if a task lacks a run's value."""
+    """A cell of a table of means."""
     shown = []
     for metric in metrics:
-        factor, digits = METRICS[metric]
-        columns_of = [column[method] for column in tasks.values()]
-        if any(len(values(rows, metric)) < len(rows) for rows in columns_of):
+        if (found := over_tasks(tasks, method, metric)) is None:
             return ""
-        value = fmean(mean(rows, metric) for rows in columns_of)
-        error = math.hypot(*(standard_error(rows, metric) for rows in columns_of)) / len(columns_of)
-        shown.append(f"{factor * value:.{digits}f} ± {factor * error:.{digits}f}")
+        factor, digits = METRICS[metric]
+        shown.append(" ± ".join(f"{factor * value:.{digits}f}" for value in found))
     return " / ".join(shown)
 
 
@@ -172,6 +184,27 @@ def averaged(found: Found, methods: Sequence[str] = SHOWN, metrics: Sequence[str
     return "\n".join(lines) + "\n"
 
 
+def draw(found: Found, path: Path) -> Path:
+    """NLL and ECE over the tasks, a column for each grid by a rule, a line for each method."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.1 * len(found) + 1.4, 7.6), layout="constrained")
+        axes = figure.subplots(len(DRAWN), len(found), sharex="row", sharey=True, squeeze=False)
+        for row, metric in zip(axes, DRAWN, strict=True):
+            for ax, ((grid, rule), tasks) in zip(row, found.items(), strict=True):
+                for at, method in enumerate(SHOWN):
+                    if (of := over_tasks(tasks, method, metric)) is not None:
+                        look = {"color": COLOURS[1] if method.startswith(FOREMOST) else COLOURS[0], "capsize": 3}
+                        filled = {"markerfacecolor": "white"} if method not in TRAINED else {}
+                        ax.errorbar(of[0], at, xerr=of[1], fmt="o", **look, **filled)
+                ax.set_xlabel(TITLES[metric])
+                ax.xaxis.set_major_locator(MaxNLocator(5))
+                if metric == DRAWN[0]:
+                    ax.set_title(f"{grid.label},\nby {rule.upper()}")
+        axes[0, 0].set_yticks(range(len(SHOWN)), SHOWN)
+        axes[0, 0].invert_yaxis()
+        return save_figure(figure, path)
+
+
 def _head(cells: Sequence[str]) -> tuple[str, str]:
     return f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"
 
@@ -179,13 +212,16 @@ def _head(cells: Sequence[str]) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    parser.add_argument("--figure", type=Path, help="where to draw the means without early stopping, as PNG")
+    arguments = parser.parse_args(argv)
     with one_line_errors():
         print(counted(read_all((TABLES[0], STOPPING[0], TABLES[1], STOPPING[1], *FEWER))))
         tables = read_all(TABLES)
         print(averaged(tables))
         print(averaged(read_all(STOPPING)))
         print(averaged(tables, TRAINED, SCALED), end="")
+        if arguments.figure:
+            draw(tables, arguments.figure)
 
 
 if __name__ == "__main__":
