@@ -115,13 +115,13 @@ def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[li
     return rest, [question for i, question in enumerate(questions) if i in chosen]
 
 
-def subset(questions: list[Question], size: int | None, seed: int, key: str) -> list[Question]:
-    """A seeded random subset in the original order; all questions where `size` is None.
+def subset(questions: list[Question], size: int | None, seed: int, key: str, at_most: bool = False) -> list[Question]:
+    """A seeded random subset in the original order; all questions where `size` is None, or `at_most` and too large.
 
     Raises:
         DataError: If `size` is not in 1..len(questions); the message names the setting `key`.
     """
-    if size is None:
+    if size is None or (at_most and size > len(questions)):
         return questions
     if not 1 <= size <= len(questions):
         raise DataError(f"{key} is {size}, but {len(questions)} questions are available; use null for all")

@@ -75,7 +75,8 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most:
         dset: The keys of `TaskConfig` as plain values.
         data_dir: Folder looked in before the hub (`<data_dir>/<path>/<config>/<split>.jsonl`).
         seed: Seed of carved splits and of subsets.
-        at_most: Take all of a test split that is smaller than `test_subset`, which is then another data set's.
+        at_most: Take all of a test split that is smaller than `test_subset`, which is then another data set's; of an
+            out-of-distribution set always.
 
     Returns:
         Disjoint splits: questions of test and of the out-of-distribution sets are removed from validation
@@ -109,15 +110,16 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most:
         )
     if any(repeated):
         notes.append(f"removed as repeats of another split: {repeated[0]} from validation, {repeated[1]} from train")
-    test_size = config.test_subset
-    if at_most and test_size is not None:
-        test_size = min(test_size, len(splits.test))
+
+    def evaluated(questions: list[Question], at_most: bool) -> list[Example]:
+        return _render(subset(questions, config.test_subset, seed, "dset.test_subset", at_most), config)
+
     return TaskData(
         name=config.name,
         train=_render(subset(train, config.train_subset, seed, "dset.train_subset"), config),
         validation=_render(subset(validation, config.validation_subset, seed, "dset.validation_subset"), config),
-        test=_render(subset(splits.test, test_size, seed, "dset.test_subset"), config),
-        ood={name: _render(questions, config) for name, questions in ood_questions.items()},
+        test=evaluated(splits.test, at_most),
+        ood={name: evaluated(questions, at_most=True) for name, questions in ood_questions.items()},
         notes=notes,
     )
 

@@ -162,6 +162,18 @@ def test_ood_split_is_loaded_or_noted_as_absent(tmp_path, write_rows):
     assert len(load_task(dset("cola"), tmp_path, seed=0).ood["cola_ood"]) == 4
 
 
+def test_the_test_subset_limits_the_ood_split_too(tmp_path, write_rows):
+    rows = {"train": sst2(0, 20), "validation": sst2(20, 40), "validation_ood": sst2(100, 110)}
+    for split, found in rows.items():
+        write_rows(f"nyu-mll/glue/cola/{split}.jsonl", found)
+    whole = load_task(dset("cola"), tmp_path, seed=0).ood["cola_ood"]
+    first, again, other = (load_task(dset("cola", test_subset=6), tmp_path, seed=seed) for seed in (0, 0, 1))
+    assert len(first.test) == len(first.ood["cola_ood"]) == 6
+    assert first.ood == again.ood != other.ood
+    assert set(first.ood["cola_ood"]) < set(whole)
+    assert load_task(dset("cola", test_subset=15), tmp_path, seed=0).ood["cola_ood"] == whole, "smaller than that"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
