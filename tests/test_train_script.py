@@ -1159,6 +1159,7 @@ def test_what_the_run_itself_has_is_not_out_of_distribution(overrides, monkeypat
         (("eval.ood=[qiuz]",), "unknown data set qiuz; did you mean quiz"),
         (("eval.ood=quiz",), "eval.ood=quiz: expected a list such as [arc_e,arc_c]"),
         (("eval.ood=[jsonl]",), "eval.ood names jsonl, the data set of the run itself"),
+        (("eval.ood=[quiz:foo]",), "eval.ood names quiz:foo, but quiz has no configurations: name quiz alone"),
     ],
 )
 def test_bad_names_of_out_of_distribution_sets(overrides, arguments, message):

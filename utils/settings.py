@@ -234,7 +234,7 @@ def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, A
     An entry is the name of a file in ``configs/dset``, or NAME:CONFIG for another configuration of its source.
 
     Raises:
-        ValueError: for an unknown data set, or the run's own.
+        ValueError: for an unknown data set, a configuration of one that has none, or the run's own data set.
     """
     own, found = plain(cfg.dset), {}
     shared = {key: own[key] for key in ("scoring", "max_length", "too_long", "test_subset")}
@@ -243,7 +243,10 @@ def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, A
         name, _, config = entry.partition(":")
         if name not in known:
             raise ValueError(f"eval.ood={list(cfg.eval.ood)}: unknown data set {name}; {near_matches(name, known)}")
-        settings = plain(compose(configs, [f"dset={name}"]).dset) | shared | ({"config": config} if config else {})
+        settings = plain(compose(configs, [f"dset={name}"]).dset) | shared
+        if config and not settings.get("path"):
+            raise ValueError(f"eval.ood names {entry}, but {name} has no configurations: name {name} alone")
+        settings |= {"config": config} if config else {}
         if settings.get("splits"):
             settings["splits"]["train"] = None  # which nobody trains on here
         if (settings["name"], settings.get("config")) == (own["name"], own.get("config")):
