@@ -91,6 +91,9 @@ def check(cfg: DictConfig) -> None:
     for group in GROUPS:
         if not isinstance(cfg[group], DictConfig):
             raise ValueError(f"{group}={cfg[group]}: expected its keys, such as {group}.{GROUPS[group]}")
+    for key in ("llm.architecture", "llm.config_overrides"):
+        if not isinstance(value := OmegaConf.select(cfg, key), DictConfig | None):
+            raise ValueError(f"{key}={value}: expected its keys, such as {key}.hidden_size")
     for key in (*COUNTS, *RANGES):
         value = OmegaConf.select(cfg, key, default=ABSENT)
         if value is ABSENT:  # left to the default of who takes it

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from utils.llm.errors import LLMLoadError
+from utils.llm.errors import LLMLoadError, lacks_memory
 
 _UNDECLARED = ("head_dim",)
 """Keys that models read though some configuration classes (that of Qwen3-MoE) do not declare them."""
@@ -18,7 +18,7 @@ def build_config(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) 
     """Build a configuration from `architecture` (`model_type` and sizes) with `overrides` on top.
 
     Raises:
-        LLMLoadError: The model type or a key is unknown, or a value of another kind.
+        LLMLoadError: The model type or a key is unknown, or no model has these values.
     """
     values = dict(architecture)
     model_type = values.pop("model_type", None)
@@ -31,8 +31,8 @@ def build_config(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) 
         **_known(config_class(), values, "architecture"),
         **_known(config_class(), overrides, "config_overrides"),
     }
-    with _in_one_line():
-        return config_class(**values)
+    with named_in_errors({"model_type": model_type, **values}):
+        return _of_a_model(config_class(**values))
 
 
 def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -41,7 +41,7 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
     Lists that a configuration derives from its number of layers are derived anew when that number changes.
 
     Raises:
-        LLMLoadError: A key is unknown, or a value of another kind.
+        LLMLoadError: A key is unknown, or no model has these values.
     """
     if not overrides:
         return config
@@ -49,27 +49,47 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
     values = {**config.to_dict(), **changes}
     if changes.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
         values.pop("layer_types", None)
-    with _in_one_line():
-        return type(config).from_dict(values)
+    with named_in_errors(changes):
+        return _of_a_model(type(config).from_dict(values))
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Raise LLMLoadError for a value of a kind that the configuration does not take."""
+def named_in_errors(values: Mapping[str, Any]) -> Iterator[None]:
+    """Raise LLMLoadError, naming `values`, for whatever is raised where a configuration or a model is made of them.
+
+    Few values are checked by those who take them: no attention heads, for example, are a division by zero somewhere.
+    """
     try:
         yield
-    except (TypeError, StrictDataclassError) as error:
-        raise LLMLoadError(f"llm.architecture or llm.config_overrides: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if not values or lacks_memory(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        given = ", ".join(f"{key}={value}" for key, value in values.items())
+        raise LLMLoadError(f"llm.architecture or llm.config_overrides: {why}: correct one of {given}") from error
+
+
+def _of_a_model(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration itself, once a model without weights has been made of it."""
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    return config
 
 
 def _known(config: PreTrainedConfig, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` under the configuration's own key names, e.g. n_embd for hidden_size; unknown keys raise."""
+    """`values` under the configuration's own key names, e.g. n_embd for hidden_size; unknown keys raise.
+
+    So do counts below 0: of -1 layers, for example, torch makes a model that has none.
+    """
     own_names = config.attribute_map
     renamed = {own_names.get(key, key): value for key, value in values.items()}
     known = {**config.to_dict(), **dict.fromkeys(_UNDECLARED)}
-    for key in renamed:
+    for key, value in renamed.items():
         if key not in known:
             raise LLMLoadError(f"unknown key {key!r} in llm.{where} of a {config.model_type}{_near(key, known)}")
+        counts = type(value) is type(known[key]) is int and not key.endswith("_id")
+        if counts and value < 0 <= known[key]:
+            raise LLMLoadError(f"llm.{where}.{key}={value}: expected a whole number, at least 0")
     return renamed
 
 

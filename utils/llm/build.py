@@ -53,9 +53,15 @@ def pretrained_model(
 
 
 def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Draw a model's weights with `seed`, on `device`; the global generators are left as they were."""
-    with _seeded(seed, device), device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    """Draw a model's weights with `seed`, on `device`; the global generators are left as they were.
+
+    One token is tried: sizes that do not fit each other may fail there alone.
+    """
+    with _seeded(seed, device), device, torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        if device.type != "meta":
+            model(torch.zeros(1, 1, dtype=torch.long))
+    return model
 
 
 @contextmanager

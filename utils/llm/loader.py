@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.llm.architecture import build_config, override_config
+from utils.llm.architecture import build_config, named_in_errors, override_config
 from utils.llm.build import pretrained_model, random_model
 from utils.llm.byte_tokenizer import build_byte_tokenizer
 from utils.llm.errors import LLMLoadError
@@ -93,7 +93,8 @@ def load_model(
         model = random_model(config, random_init_seed, dtype, device)
     elif source is None or random_init:
         logger.info("%s: random weights (seed %d)", name_or_path, random_init_seed)
-        model = random_model(config, random_init_seed, dtype, device)
+        with named_in_errors({**(architecture or {}), **(config_overrides or {})}):
+            model = random_model(config, random_init_seed, dtype, device)
     else:
         logger.info("%s: weights from %s", name_or_path, source.location)
         model = pretrained_model(source, config, dtype, device, quantization)

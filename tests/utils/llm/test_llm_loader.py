@@ -123,6 +123,33 @@ def test_an_override_of_another_kind_is_one_line(model_folder, options, random_i
         load_model(str(model_folder), **options, config_overrides={"num_hidden_layers": "abc"})
 
 
+@pytest.mark.parametrize("where", ["architecture", "config_overrides"])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_attention_heads", 0, "ZeroDivisionError: .*: correct one of .*num_attention_heads=0"),
+        ("num_attention_heads", 3, r"The hidden size \(16\) is not a multiple of .* heads \(3\)"),
+        ("num_attention_heads", -2, "num_attention_heads=-2: expected a whole number, at least 0"),
+        ("num_key_value_heads", 3, "The size of tensor .*: correct one of .*num_key_value_heads=3"),
+        ("num_hidden_layers", -1, "num_hidden_layers=-1: expected a whole number, at least 0"),
+        ("hidden_act", "foo", "KeyError: 'foo': correct one of .*hidden_act=foo"),
+        ("rope_parameters", {"rope_type": "linear"}, "Missing required keys .*: correct one of .*rope_parameters="),
+        ("pad_token_id", 400, "Padding_idx must be .*: correct one of .*pad_token_id=400"),
+    ],
+)
+def test_values_of_which_no_model_can_be_made_are_named(random_options, where, key, value, message):
+    changed = {"architecture": TINY, "config_overrides": {}}
+    changed[where] = {**changed[where], key: value}
+    with pytest.raises(LLMLoadError, match=rf"^llm.({where}\.|architecture or ).*{message}") as said:
+        load_model("x", **{**random_options, **changed})
+    assert "\n" not in str(said.value)
+
+
+def test_an_override_of_a_saved_model_of_which_none_can_be_made(model_folder, options):
+    with pytest.raises(LLMLoadError, match=r"KeyError: 'foo': correct one of hidden_act=foo$"):
+        load_model(str(model_folder), **options, config_overrides={"hidden_act": "foo"})
+
+
 def test_a_random_model_without_any_tokenizer(random_options):
     load_model("org/model", **random_options)
     with pytest.raises(LLMLoadError, match="org/model is not on this machine"):
