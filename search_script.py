@@ -30,7 +30,7 @@ from pipeline import evaluation
 from pipeline.processes import DEAD_WORKER, processes
 from pipeline.run import CONFIGS, prepare
 from pipeline.training import train
-from train_script import DEBUG, USER_ERRORS, execute, launch
+from train_script import DEBUG, USER_ERRORS, execute, launch, refuse
 from utils.distributed import started_several
 from utils.locks import try_lock
 from utils.search.analysis import hypervolume_curves, importances
@@ -227,7 +227,7 @@ def main(cfg: DictConfig) -> None:
     except (*USER_ERRORS, optuna.exceptions.OptunaError) as error:
         if DEBUG:
             raise
-        sys.exit(one_line(error, CONFIGS))
+        refuse(error)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import transformers
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.claim import withdraw
 from pipeline.evaluation import finish
 from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import train
@@ -75,7 +77,15 @@ def main(cfg: DictConfig) -> None:
     except USER_ERRORS as error:
         if DEBUG:
             raise
-        sys.exit(one_line(error, CONFIGS))
+        refuse(error)
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Exit with an error in one line; a folder that Hydra has made for a run that did not begin goes."""
+    made = HydraConfig.get()
+    if made.output_subdir is not None:
+        withdraw(Path(made.runtime.output_dir), made.output_subdir)
+    sys.exit(one_line(error, CONFIGS))
 
 
 def launch(application: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import shutil
 import weakref
 from pathlib import Path
 from typing import TextIO
@@ -55,3 +56,14 @@ def claim(folder: Path) -> Claim | None:
             f"another process makes a run in {folder}: wait until it has ended, or choose another paths.output_dir"
         )
     return _HELD.setdefault(path, Claim(lock))
+
+
+def withdraw(folder: Path, hydra: str) -> None:
+    """Remove a folder that holds nothing of a run: only Hydra's own folder of that name, and maybe this process's lock.
+
+    What else there is keeps it, such as a lock of another process, or a log; so does being the working directory.
+    """
+    found = {path.name for path in folder.iterdir()}
+    ours = {hydra, LOCK} if folder.resolve() / LOCK in _HELD else {hydra}
+    if hydra in found and found <= ours and folder.resolve() != Path.cwd():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -77,6 +77,12 @@ def test_a_dead_worker_of_the_final_runs_is_one_line(tmp_path, monkeypatch):
     assert "lower search.final_jobs=2, and the same command goes on" in failure([*FAST, *extra])
 
 
+def test_a_search_that_is_refused_leaves_no_folder(tmp_path):
+    folder = tmp_path / "search"
+    assert "search.trials=-1: expected" in failure([*FAST, "search.trials=-1", f"paths.output_dir={folder}"])
+    assert not folder.exists()
+
+
 def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
     run(tmp_path / "random")
     extra = ("search.final_seeds=[5]", "search.final_jobs=2")

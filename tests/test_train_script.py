@@ -1095,6 +1095,30 @@ def test_an_output_folder_that_is_a_file(tmp_path, overrides):
     assert message == f"error: {tmp_path / 'test.jsonl'}: File exists: correct this path, or what names it"
 
 
+@pytest.mark.parametrize("change", ["opt.lr=-1", "dset.train_file=gone.jsonl", "llm.architecture.hidden_size=33"])
+@pytest.mark.parametrize(
+    ("first", "left"), [("paths.output_dir=runs/it", {"runs"}), ("-m", {"sweep", "sweep/multirun.yaml"})]
+)
+def test_a_start_that_is_refused_leaves_no_run_folder(tmp_path, monkeypatch, overrides, change, first, left):
+    """Hydra's own record of a sweep stays."""
+    common = [override for override in overrides() if not override.startswith("paths.output_dir")]
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(failure([first, *common, "hydra.sweep.dir=sweep", change]))
+    assert {str(path.relative_to(tmp_path)) for path in {*tmp_path.rglob("*")} - before} == left
+
+
+def test_a_start_that_is_refused_keeps_what_a_folder_holds(tmp_path, monkeypatch, overrides):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    failure(overrides("opt.lr=-1"))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    failure(overrides("opt.lr=-1", "hydra.run.dir=."))
+    assert (tmp_path / "here").is_dir()
+
+
 def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     log = tmp_path / "log"
     assert start(overrides("train.epoch=3"), log).wait(60) == 1
