@@ -63,7 +63,7 @@ def withdraw(folder: Path, hydra: str) -> None:
 
     What else there is keeps it, such as a lock of another process, or a log; so does being the working directory.
     """
-    found = {path.name for path in folder.iterdir()}
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
     ours = {hydra, LOCK} if folder.resolve() / LOCK in _HELD else {hydra}
     if hydra in found and found <= ours and folder.resolve() != Path.cwd():
         shutil.rmtree(folder, ignore_errors=True)
