@@ -196,7 +196,14 @@ def test_merging_unquantised_weights_says_nothing(load):
 ARCHITECTURES = {
     "llama": SIZES,
     "gpt2": {"model_type": "gpt2", "vocab_size": 300, "n_positions": 64, "n_embd": 128, "n_layer": 2, "n_head": 4},
-    "qwen3_moe": {**SIZES, "model_type": "qwen3_moe", "head_dim": 16, "moe_intermediate_size": 64, "num_experts": 4},
+    "qwen3_moe": {
+        **SIZES,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 
