@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.comparison import SEEDS, TASKS, Comparison, Setting, check_common
 from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
 from benchmarks.workers import Job, carry_out, is_finished
+from utils.markdown import markdown_table
 from utils.report_rows import METRICS
 from utils.run import read_metrics, write_csv_atomic, write_text_atomic
 
@@ -73,10 +74,7 @@ def results(jobs: dict[tuple[str, int], Job]) -> list[dict[str, str | int | floa
 
 def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
     """Mean and standard deviation over seeds; ACC and ECE in per cent."""
-    lines = [
-        "| setting | seeds | ACC % | NLL | ECE % | Brier | NLL, validation |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for label in dict.fromkeys(str(row["setting"]) for row in rows):
         own = [row for row in rows if row["setting"] == label]
         cells = []
@@ -85,8 +83,8 @@ def markdown(rows: Sequence[dict[str, str | int | float]]) -> str:
             values = [factor * float(row[name]) for row in own]
             spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {label} | {len(own)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([label, str(len(own)), *cells])
+    return markdown_table(["setting", "seeds", "ACC %", "NLL", "ECE %", "Brier", "NLL, validation"], lines)
 
 
 def write(rows: Sequence[dict[str, str | int | float]], out: Path) -> None:

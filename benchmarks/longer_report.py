@@ -17,6 +17,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.tried import FOREMOST
+from utils.markdown import markdown_table
 from utils.plots import COLOURS, STYLE, TITLES, drawn_line_look, save_figure
 from utils.report_figures import per_row
 from utils.report_rows import ZERO_SHOT, Row, read_csv
@@ -71,7 +72,7 @@ def steps(of: Ends) -> tuple[int, int]:
 def markdown(tasks: dict[str, Ends]) -> str:
     """NLL in nats; ACC and ECE in per cent; means over seeds; MC is what they predict by; before and after."""
     head = ["task (steps)", "method", "seeds", "MC", "ACC %", "NLL", "ECE %"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for task, of in tasks.items():
         begun, ended = steps(of)
         for name, ends in of.items():
@@ -79,8 +80,8 @@ def markdown(tasks: dict[str, Ends]) -> str:
             for metric in ("acc", "nll", "ece"):
                 factor, digits = (1, 3) if metric == "nll" else (100, 1)
                 cells.append(" → ".join(f"{factor * fmean(values(rows, metric)):.{digits}f}" for rows in ends))
-            lines.append("| " + " | ".join([f"{task} ({begun} → {ended})", name, str(len(ends[0])), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([f"{task} ({begun} → {ended})", name, str(len(ends[0])), *cells])
+    return markdown_table(head, lines)
 
 
 def draw(tasks: dict[str, Ends], path: Path) -> Path:

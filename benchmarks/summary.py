@@ -25,8 +25,9 @@ from benchmarks.comparison import AS, POST_HOC, RATES, TASKS
 from benchmarks.options import one_line_errors
 from benchmarks.tried import FOREMOST
 from benchmarks.workers import by_key
+from utils.markdown import markdown_table
 from utils.plots import COLOURS, STYLE, TITLES, save_figure
-from utils.report_rows import Row, read_csv
+from utils.report_rows import Row, column_name, read_csv
 from utils.report_tables import TIE, Column, columns, values
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,6 +69,7 @@ FEWER = (
     Grid("Gemma, 1 to 15 epochs", "comparison", model=GEMMA),
 )
 """Those of some tasks."""
+ALL = (TABLES[0], STOPPING[0], TABLES[1], STOPPING[1], *FEWER)
 
 
 def read(grid: Grid, rule: str, results: Path = RESULTS) -> dict[str, Column]:
@@ -89,11 +91,6 @@ def read(grid: Grid, rule: str, results: Path = RESULTS) -> dict[str, Column]:
     return tasks
 
 
-def read_all(grids: Sequence[Grid], results: Path = RESULTS) -> Found:
-    """Each grid by each of its rules; errors as of ``read``."""
-    return {(grid, rule): read(grid, rule, results) for grid in grids for rule in grid.rules}
-
-
 def choices_changed(path: Path, times: int, rule: str) -> list[tuple[str, str]]:
     """Task, as a report names it, and method of the choices that early stopping changes, post-hoc methods included."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -109,7 +106,7 @@ def choices_changed(path: Path, times: int, rule: str) -> list[tuple[str, str]]:
 def task_name(task: str) -> str:
     """What a report calls a task of the comparison."""
     of = by_key(TASKS[task])
-    return f"{of['dset']} ({of['dset.train_subset']})" if "dset.train_subset" in of else of["dset"]
+    return column_name(of["dset"], of.get("dset.train_subset", "all"))
 
 
 def mean(rows: Sequence[Row], metric: str) -> float:
@@ -168,20 +165,19 @@ def means(tasks: dict[str, Column], method: str, metrics: Sequence[str]) -> str:
 def counted(found: Found) -> str:
     """The first table."""
     head = ["", "tasks", "NLL lowest", "ECE lowest", "ACC highest", "ACC within half a point"]
-    lines = [*_head([*head, "off LoRA's NLL", "off LoRA's ECE"])]
+    rows = []
     for (grid, rule), tasks in found.items():
         label = f"{grid.label}, by {rule.upper()}" if rule == grid.rules[0] else f"the same, by {rule.upper()}"
-        lines.append(f"| {' | '.join([label, *counts(tasks)])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([label, *counts(tasks)])
+    return markdown_table([*head, "off LoRA's NLL", "off LoRA's ECE"], rows)
 
 
 def averaged(found: Found, methods: Sequence[str] = SHOWN, metrics: Sequence[str] = ("acc", "nll", "ece")) -> str:
     """A table of means: a row for each method, a column for each grid by a rule."""
-    head = " / ".join(metric.removesuffix("_scaled").upper() for metric in metrics)
-    lines = [*_head([head, *(f"{grid.label}, by {rule.upper()}" for grid, rule in found)])]
-    for method in methods:
-        lines.append(f"| `{method}` | {' | '.join(means(tasks, method, metrics) for tasks in found.values())} |")
-    return "\n".join(lines) + "\n"
+    shown = " / ".join(metric.removesuffix("_scaled").upper() for metric in metrics)
+    head = [shown, *(f"{grid.label}, by {rule.upper()}" for grid, rule in found)]
+    rows = [[f"`{method}`", *(means(tasks, method, metrics) for tasks in found.values())] for method in methods]
+    return markdown_table(head, rows)
 
 
 def draw(found: Found, path: Path) -> Path:
@@ -205,20 +201,17 @@ def draw(found: Found, path: Path) -> Path:
         return save_figure(figure, path)
 
 
-def _head(cells: Sequence[str]) -> tuple[str, str]:
-    return f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path, help="where to draw the means without early stopping, as PNG")
     arguments = parser.parse_args(argv)
     with one_line_errors():
-        print(counted(read_all((TABLES[0], STOPPING[0], TABLES[1], STOPPING[1], *FEWER))))
-        tables = read_all(TABLES)
+        found = {(grid, rule): read(grid, rule) for grid in ALL for rule in grid.rules}
+        tables, stopping = ({key: found[key] for key in found if key[0] in grids} for grids in (TABLES, STOPPING))
+        print(counted(found))
         print(averaged(tables))
-        print(averaged(read_all(STOPPING)))
+        print(averaged(stopping))
         print(averaged(tables, TRAINED, SCALED), end="")
         if arguments.figure:
             draw(tables, arguments.figure)

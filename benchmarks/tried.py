@@ -18,6 +18,7 @@ import matplotlib
 
 from benchmarks import tuning
 from benchmarks.tuning import NAMES, REMEDY, BySeed
+from utils.markdown import markdown_table
 from utils.plots import STYLE, TITLES, line_look, save_figure
 from utils.report_figures import panel_grid
 from utils.run import write_text_atomic
@@ -67,7 +68,7 @@ def markdown(tried: Tried) -> str:
     """NLL in nats; ACC and ECE in per cent."""
     head = ["task", "method", "settings", "no result", "NLL, median", "NLL, worst", "ECE %, median", "ECE %, worst"]
     head.append("most accurate: ACC % / NLL / ECE %")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for task, of in tried.items():
         for method, (found, missing) in of.items():
             nll, ece = [m["nll"] for m in found], [100 * m["ece"] for m in found]
@@ -75,8 +76,8 @@ def markdown(tried: Tried) -> str:
             cells = [f"{statistics.median(nll):.3f}", f"{max(nll):.3f}"]
             cells += [f"{statistics.median(ece):.1f}", f"{max(ece):.1f}"]
             most = f"{100 * best['acc']:.1f} / {best['nll']:.3f} / {100 * best['ece']:.1f}"
-            lines.append("| " + " | ".join([task, method, str(len(found)), str(missing), *cells, most]) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([task, method, str(len(found)), str(missing), *cells, most])
+    return markdown_table(head, rows)
 
 
 def draw(tried: Tried, path: Path) -> Path:

@@ -67,7 +67,12 @@ class Row:
     @property
     def column(self) -> str:
         """Name of the task in tables and figures, with the number of training examples if not all."""
-        return self.task if self.train_size == "all" else f"{self.task} ({self.train_size})"
+        return column_name(self.task, self.train_size)
+
+
+def column_name(task: str, train_size: str) -> str:
+    """Name of a task with so many training examples, or all."""
+    return task if train_size == "all" else f"{task} ({train_size})"
 
 
 def own_predictions(rows: Sequence[Row]) -> list[Row]:

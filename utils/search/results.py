@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.markdown import markdown_table
 from utils.run import RELIABILITY_FILE, read_metrics, write_csv_atomic, write_text_atomic
 from utils.search.selection import SIGNS, Point
 
@@ -32,11 +33,9 @@ def write_front(folder: Path, front: Sequence[Point], selected: Mapping[str, Poi
     """Write front.csv (full precision) and front.md, in the order of falling validation ACC."""
     rows = [_row(p, selected, tests) for p in sorted(front, key=lambda p: (-p.metrics["acc"], p.number))]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(_short(row.get(name, "")) for name in names) + " |" for row in rows]
     paths = [folder / "front.csv", folder / "front.md"]
     write_csv_atomic(paths[0], names, rows)
-    write_text_atomic(paths[1], "\n".join(lines) + "\n")
+    write_text_atomic(paths[1], markdown_table(names, [[_short(row.get(name, "")) for name in names] for row in rows]))
     return paths
 
 
