@@ -115,11 +115,7 @@ RULES = {
 """Selections among what was tried: what is minimised, on validation data."""
 AS = {"mle": ("ensemble",)}
 """By method the others that are trained with its setting: what they are made of."""
-POST_HOC = {
-    "mle": ("temperature", "laplace", "laplace_last", "tfb"),
-    "sgp": ("sgp_temperature", "sgp_noise"),
-    "blob": ("blob_noise",),
-}
+POST_HOC = {"mle": ("temperature", "laplace", "laplace_last", "tfb"), "sgp": ("sgp_temperature",)}
 """By method the others that start from its adapters and train no further."""
 POST_HOC_OWN = dict.fromkeys(
     ("laplace", "laplace_last"), ("eval.batch_size=16", "method.factory.precision_by=validation")
