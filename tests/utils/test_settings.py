@@ -9,7 +9,7 @@ import torch
 from pipeline.run import CONFIGS
 from utils.llm import load_model, load_tokenizer
 from utils.llm.errors import TooLittleMemoryError, lacks_memory
-from utils.settings import compose, differing, model_settings, one_line, tokenizer_settings
+from utils.settings import compose, differing, fingerprint, model_settings, one_line, tokenizer_settings
 
 ALLOCATOR = "CUDA out of memory. Tried to allocate 1.02 GiB. GPU 1 has a total capacity of 79.18 GiB. Process 1 has"
 
@@ -127,3 +127,15 @@ def test_a_configuration_of_a_model_is_what_loading_takes(name):
     assert tokenizer_settings(cfg).keys() == inspect.signature(load_tokenizer).parameters.keys()
     left = inspect.signature(load_model).parameters.keys() - model_settings(cfg).keys()
     assert left == {"dtype", "device", "quantization"}
+
+
+def test_a_run_may_go_on_with_other_settings_of_its_evaluation():
+    def of(*overrides: str):
+        return fingerprint(compose(CONFIGS, ["method=sgp_temperature", "paths.output_dir=x", *overrides]))
+
+    begun = of()
+    assert "maximum" in begun["method"]["factory"]
+    assert of("eval.n_mc=100", "eval.batch_size=3") == begun
+    assert of("method.factory.draws=100") != begun
+    assert of("method.factory.maximum=3") != begun
+    assert of("eval.keep=best", "eval.every=epoch") != begun
