@@ -265,7 +265,7 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
         values["llm"]["pypi"].pop("model", None)  # names the model once more
     if values["llm"].get("gguf_dir"):
         values["llm"]["gguf_dir"] = None  # a place, like ``paths``: what the file there is, its SHA-256 says
-    for key, value in plain(cfg, resolve=False)["method"]["factory"].items():
+    for key, value in plain(cfg.method.factory, resolve=False).items():
         if str(value).startswith("${eval."):
             del values["method"]["factory"][key]  # as the key of ``eval`` itself, of no account until training is over
     train = {key: value for key, value in values["train"].items() if key not in NOT_IN_TRAIN_FINGERPRINT}
