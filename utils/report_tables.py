@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from utils.markdown import markdown_table
 from utils.report_rows import AUROCS, METRICS, ZERO_SHOT, Row, own_predictions
 from utils.report_scores import (
     ALPHA,
@@ -237,9 +238,8 @@ def spread(found: Sequence[float], count: bool = False) -> str:
 
 def markdown(table: Table) -> str:
     """A heading, the table and its caption."""
-    lines = [[f"**{_md(t)}**" if b and t else _md(t) for t, b in row] for row in table.cells]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-    return f"## {_md(table.title)}\n\n{body}\n\n{_md(table.caption)}\n"
+    head, *lines = [[f"**{_md(t)}**" if b and t else _md(t) for t, b in row] for row in table.cells]
+    return f"## {_md(table.title)}\n\n{markdown_table(head, lines)}\n{_md(table.caption)}\n"
 
 
 def latex(table: Table) -> str:

@@ -367,7 +367,7 @@ def test_signs_that_markdown_reads_otherwise():
     names = r"[<s>*a*] [_a_b__c_] [a|b](c) \ & ~`$1.5 (mc_dropout)"
     escaped = r"[\<s\>\*a\*] [\_a_b\_\_c\_] [a\|b\](c) \\ \& \~\`\$1.5 (mc_dropout)"
     text = markdown(Table(names, names, [[(names, False)], [(names, True)]]))
-    assert text == f"## {escaped}\n\n| {escaped} |\n| --- |\n| **{escaped}** |\n\n{escaped}\n"
+    assert text == f"## {escaped}\n\n| {escaped} |\n|---|\n| **{escaped}** |\n\n{escaped}\n"
 
 
 def test_methods_that_train_have_a_summary_of_their_own():
