@@ -53,7 +53,7 @@ class SGPLoraConfig(LoraConfig):
     lambda_init: float = field(default=0.7, metadata={"help": "initial lambda, in (0, lambda_max)"})
     lambda_max: float = field(default=1.0, metadata={"help": "smooth upper bound of lambda"})
     learn_lambda: bool = field(default=True, metadata={"help": "learn lambda per factor"})
-    q_sd: float = field(default=0.5, metadata={"help": "initial standard deviation of q(V); the prior's is 1"})
+    q_sd: float = field(default=0.5, metadata={"help": "initial sd of q(V), the prior's is 1; unwhitened of q(U)"})
     d_init: float = field(default=0.3, metadata={"help": "initial D, relative to rows of Z of norm 1"})
     d_init_zero: float = field(default=0.3, metadata={"help": "initial D_r of B, whose Z_r starts at 0"})
     mean_gain: float = field(default=4.0, metadata={"help": "speed of B's mean at first, relative to LoRA's B"})

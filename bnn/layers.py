@@ -60,7 +60,7 @@ class InducingFactor(nn.Module):
         learn_prior_sd: learn sigma_p (type-II maximum likelihood) or hold it.
         lambda_init: initial lambda, in (0, spec.lambda_max).
         learn_lambda: learn lambda or hold it.
-        q_sd: initial standard deviation of q(V) (the prior's is 1).
+        q_sd: initial standard deviation of an entry of V (the prior's is 1), or of U where q is not whitened.
         d_init: initial D relative to rows of Z of norm 1. Small: P is nearly orthonormal; large: W is linear in Z.
         d_init_zero: initial D_r on the zero-started side.
         mean_gain: speed at which a zero-started mean leaves 0, relative to LoRA's.
@@ -111,7 +111,7 @@ class InducingFactor(nn.Module):
             size, depth = spec.m_r * spec.m_c, spec.flow_depth
             self.flow = InducingFlow(size, depth, spec.flow_hidden) if depth else None
         self._sample: Tensor | None = None
-        self._mean: tuple[list[tuple[int, int]] | None, Tensor] | None = None
+        self._mean: tuple[list[tuple[int, int]] | None, Tensor, list[Tensor]] | None = None
         self._stack: tuple[dict[str, weakref.ref[Tensor]], int] | None = None
         self.register_load_state_dict_post_hook(_stay_in_float32)
 
@@ -163,10 +163,10 @@ class InducingFactor(nn.Module):
 
     def check_stacked(self, leaves: dict[str, Tensor], i: int) -> None:
         """Raise RuntimeError unless the own parameters still are views of row ``i`` of ``leaves``."""
-        name = "Z_r" if "Z_r" in leaves else next(iter(leaves))
-        leaf, own = leaves[name], self.get_parameter("Z_r") if name == "Z_r" else self.own_tensors()[name]
-        viewed = self._stack is not None and self._stack[0][name]() is leaf
-        if not viewed or own.data_ptr() != leaf.data_ptr() + i * own.nbytes:
+        refs, own = {} if self._stack is None else self._stack[0], self.own_tensors()
+        for name, leaf in leaves.items():
+            if name in refs and refs[name]() is leaf and own[name].data_ptr() == leaf.data_ptr() + i * own[name].nbytes:
+                continue
             raise RuntimeError(
                 "the adapter's parameters were moved, replaced or stacked anew after they had been stacked for "
                 "training: move or load the model first, then make the Sampler (or the optimiser) anew"
@@ -181,9 +181,10 @@ class InducingFactor(nn.Module):
         """Posterior mean (d_out, d_in); when no gradient is wanted, cached until a tensor it depends on may change.
 
         Tensors' version counters tell most changes; fused optimisers and writing to ``.data`` do not raise them, so
-        drawing, ``train()`` and ``eval()`` clear the cache too, and in train mode gradients that wait for a step keep
-        it empty. Tensors made in inference mode have none, and those of a function transform or of forward-mode
-        derivatives are of that alone: no cache.
+        drawing, ``train()`` and ``eval()`` clear the cache too, and gradients that wait for a step keep it empty. It
+        holds the memory of the tensors that it is of, so that others are never found where those were. Tensors made in
+        inference mode have no counter, and those of a function transform or of forward-mode derivatives are of that
+        alone: no cache.
         """
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if wanted or _is_transformed():
@@ -196,12 +197,14 @@ class InducingFactor(nn.Module):
         key = self._versions(behind)
         if key is None or self._mean is None or self._mean[0] != key:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
-                self._mean = (key, posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0])
+                W = posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0]
+            self._mean = (key, W, [] if key is None else [t.detach() for t in behind])
         return self._mean[1]
 
-    def _versions(self, behind: list[Tensor]) -> list[tuple[int, int]] | None:
-        """What changes with the values of the tensors, or None where nothing tells."""
-        if self.training and any(t.grad is not None for t in behind):
+    @staticmethod
+    def _versions(behind: list[Tensor]) -> list[tuple[int, int]] | None:
+        """What changes with the values of the tensors while their storage lives, or None where nothing tells."""
+        if any(t.grad is not None for t in behind):
             return None
         try:
             return [(t.data_ptr(), t._version) for t in behind]

@@ -163,9 +163,7 @@ def _kl_of_flow(spec: FactorSpec, V_0: Tensor, V: Tensor, log_det: Tensor) -> Te
 def _closed_form_kl(spec: FactorSpec, tensors: Tensors, rows: Frame, cols: Frame) -> Tensor:
     """KL[q(U) || p(U)] of U = unit * Y without a flow, nats, (n,)."""
     family, unit = spec.make_family(), unit_of(tensors)
-    entropy = family.entropy(tensors)
-    if not family.point_mass:
-        entropy = entropy + spec.m_r * spec.m_c * unit.log()
+    entropy = family.entropy(tensors) + spec.m_r * spec.m_c * unit.log()  # of a point too: see ``Ensemble``
     whitener = (None, None) if spec.whitened else (rows.L_inv, cols.L_inv)
     energy = unit.square() * family.energy(tensors, *whitener)
     return gaussian_kl(entropy, energy, _log_det_prior(spec, rows, cols), spec.m_r * spec.m_c)

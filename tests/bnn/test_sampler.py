@@ -9,6 +9,7 @@ import torch
 from bnn_cases import FAMILIES, draw_alone, flat_noise, seeded
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.func import functional_call
 
 import bnn
 from bnn.inducing.posterior import noise_shapes_of
@@ -227,6 +228,49 @@ def test_the_mean_is_never_stale_after_an_optimizer_step_or_a_load(make_adapted,
     torch.testing.assert_close(stepped, logits_of(lora, ids), rtol=0, atol=1e-5)
     model.load_state_dict(start)
     assert torch.equal(logits_of(model, ids), first)
+
+
+@torch.no_grad()
+def test_the_mean_is_that_of_the_parameters_that_a_functional_call_passes(make_adapted, ids):
+    """Of ever new tensors, which may lie where those before did."""
+    model = make_adapted()
+    own = {name: p for name, p in model.named_parameters() if "raw_loc" in name}
+
+    def logits(forget: bool) -> list[list]:
+        found = []
+        for k in range(40):
+            passed = {name: p + 0.3 * torch.randn(p.shape, generator=seeded(k)) for name, p in own.items()}
+            if forget:
+                model.eval()  # nothing is cached then
+            found.append(functional_call(model, passed, (), {"input_ids": ids}).logits.tolist())
+            del passed
+        return found
+
+    assert logits(forget=False) == logits(forget=True)
+
+
+@torch.no_grad()
+def test_the_mean_is_that_of_data_that_were_set_again_and_again(make_adapted, ids):
+    """As averaging weights does; what was set before is freed, and the next may lie there."""
+    model = make_adapted()
+    for _ in range(30):
+        for factor in active_factors(model):
+            factor.raw_loc.data = factor.raw_loc.data * 1.1
+            factor.raw_loc.data = factor.raw_loc.data / 1.05
+        got = logits_of(model, ids)
+        model.eval()
+        assert torch.equal(got, logits_of(model, ids))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mean_follows_a_fused_step_after_a_look_at_it(training, make_adapted, ids):
+    """Fused optimisers leave the version counters alone."""
+    model = make_adapted().train(training)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+    loss_of(model, ids).backward()
+    before = logits_of(model, ids)
+    optimizer.step()
+    assert (logits_of(model, ids) - before).abs().max() > 1e-3
 
 
 def test_autocast_changes_neither_draws_nor_mean_nor_gradients(make_adapted):

@@ -95,15 +95,19 @@ def test_saving_and_loading_know_nothing_of_stacks(make_adapted, make_llama, ids
     assert gap(logits_of(loaded, ids), logits_of(model, ids)) < 2e-5
 
 
-@pytest.mark.parametrize("replace", ["move", "assign"])
+@pytest.mark.parametrize("replace", ["move", "assign", "assign locations", "move lambda"])
 def test_replaced_parameters_are_refused(replace, make_adapted):
     model = make_adapted()
     sampler = Sampler(model, own=True)
     if replace == "move":
         for factor in active_factors(model):
             factor.Z_r.data = factor.Z_r.data.clone()
+    elif replace == "move lambda":
+        last = active_factors(model)[-1].raw_lambda
+        last.data = last.data.clone()
     else:
-        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        new = {k: v.clone() for k, v in model.state_dict().items() if replace == "assign" or "raw_loc" in k}
+        model.load_state_dict(new, strict=False, assign=True)
     with pytest.raises(RuntimeError, match="moved, replaced or stacked anew"), sampler.draw(1):
         pass
     again = Sampler(model, own=True)  # the remedy

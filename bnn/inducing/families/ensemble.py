@@ -12,7 +12,9 @@ class Ensemble:
     """``members`` point masses, parameter ``raw_members`` (K, m_r, m_c).
 
     A point mass has no density: its KL to the prior is infinite by a constant. What ``entropy`` returns is log K, the
-    entropy of the mixture weights, so that the objective is the MAP one (-log p(U) averaged over the members).
+    entropy of the mixture weights, so that the objective is the MAP one (the members' average of -log p), of points in
+    the units of the parameters, as of narrow Gaussians: these units are constant in W, so that sigma_p, which scales U
+    against them, has its maximum of likelihood and does not grow without bound.
 
     Args:
         members: K >= 1.

@@ -31,6 +31,27 @@ def test_kl_against_torch_distributions(make_tensors, generator):
             torch.testing.assert_close(got[i], kl_divergence(q_of(tensors, i), prior) + conditional)
 
 
+@pytest.mark.parametrize("whitened", [True, False])
+def test_kl_of_a_point_mass_pulls_at_every_tensor_as_that_of_a_narrow_gaussian(whitened, make_tensors, generator):
+    """At Z, D, sigma_p and the location alike: sigma_p, which scales U against the unit in W, is not left to grow."""
+    spec = FactorSpec(3, 4, 2, 2, whitened=whitened)
+    tensors, _ = make_tensors(spec, 1)
+    points = {name: t for name, t in tensors.items() if name not in ("raw_loc", "raw_sd")}
+    points["raw_members"] = tensors["raw_loc"][:, None]
+    tensors["raw_sd"] = torch.full_like(tensors["raw_sd"], math.log(1e-7))
+    noise = noise_for(spec, 1, 1, generator)
+
+    def pulls(spec, tensors):
+        tensors = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        posterior.sample(spec, tensors, noise, None).kl.sum().backward()
+        return {name: t.grad for name, t in tensors.items() if name != "raw_sd" and t.grad is not None}
+
+    got, want = pulls(replace(spec, family="ensemble"), points), pulls(spec, tensors)
+    assert float(want["raw_prior_sd"]) != 0
+    want["raw_members"] = want.pop("raw_loc")[:, None]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
 def test_kl_is_zero_only_at_the_prior(make_tensors, generator):
     spec = FactorSpec(3, 4, 2, 2, lambda_max=2.0)
     tensors, _ = make_tensors(spec, 1, unit=1.0)
