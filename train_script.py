@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ import hydra
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,8 +28,8 @@ from pipeline.evaluation import finish
 from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import train
 from utils.distributed import started_several
-from utils.run import environment_record, write_json_atomic
-from utils.settings import one_line
+from utils.run import METRICS_FILE, environment_record, write_json_atomic
+from utils.settings import key_of, one_line
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
 NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null")
@@ -68,6 +69,9 @@ def watch_interrupts(run: Run) -> None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Entry point: one clear line and a non-zero exit code for anything a user can put right."""
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    if in_sweep and cfg.resume and not (Path(cfg.paths.output_dir) / METRICS_FILE).exists():
+        cfg.resume = False  # a sweep that goes on comes to jobs that had not begun
     try:
         execute(cfg)
     except KeyboardInterrupt as stop:
@@ -88,6 +92,13 @@ def refuse(error: BaseException) -> NoReturn:
     sys.exit(one_line(error, CONFIGS))
 
 
+def check_sweep(arguments: Sequence[str]) -> None:
+    """Raise ValueError for a sweep all of whose jobs would have one folder, each writing over the one before."""
+    folder = next((a for a in arguments if key_of(a) == "paths.output_dir" and not {",", "$"} & set(a)), None)
+    if folder is not None and {"-m", "--multirun"} & set(arguments):
+        raise ValueError(f"{folder} would be the folder of every job of the sweep: set hydra.sweep.dir instead")
+
+
 def launch(application: Callable[[], None]) -> None:
     """Start a Hydra application; mistakes on the command line, errors of a sweep and Ctrl-C end in one line too.
 
@@ -100,6 +111,7 @@ def launch(application: Callable[[], None]) -> None:
         sys.argv += NO_FOLDER
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
+        check_sweep(sys.argv[1:])
         application()
     except KeyboardInterrupt:
         sys.exit("interrupted: runs that have ended are kept")

@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = load_model(dtype=dtype, device=device, quantization=None, **model_settings(cfg))
-    lora = plain(cfg.peft) | {"target_modules": arguments.targets or list(cfg.peft.target_modules)}
+    lora = plain(cfg.peft) | {"target_modules": arguments.targets or plain(cfg.peft)["target_modules"]}
     results: dict[str, dict[str, Any]] = {}
     record = {"command": vars(arguments), "environment": environment(device), "results": results}
     out = Path(arguments.out)

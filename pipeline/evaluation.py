@@ -14,6 +14,7 @@ from pipeline.run import Run, score
 from utils.data.batch import Moved
 from utils.data.example import Example
 from utils.data.order import length_sorted
+from utils.llm.digest import record_base
 from utils.plots import plot_curves, plot_reliability
 from utils.run import save_predictions
 from utils.seeding import make_generator
@@ -96,15 +97,21 @@ def fit(run: Run) -> None:
     logger.info("fitted: %s", ", ".join(f"{name}={value:.6g}" for name, value in found.items()))
 
 
+def save_adapter(run: Run) -> None:
+    """Save the adapter, and which base weights it belongs to."""
+    if run.world.main:
+        run.method.save(run.model, run.folder / "adapter")
+        record_base(run.folder / "adapter", run.base)
+
+
 def finish(run: Run, step: int) -> None:
     """Final evaluation on test and the out-of-distribution sets; adapter, predictions and figures."""
     cfg = run.cfg
     keep_best(run)
-    if run.world.main and run.method.fitted_to:  # what training has cost outlasts a fit that fails
-        run.method.save(run.model, run.folder / "adapter")
+    if run.method.fitted_to:  # what training has cost outlasts a fit that fails
+        save_adapter(run)
     fit(run)
-    if run.world.main:
-        run.method.save(run.model, run.folder / "adapter")
+    save_adapter(run)
     epoch = -(-step // max(1, run.steps_per_epoch))
     bins = {}
     zero_shot: list[int | str] = ["zero_shot"] if cfg.eval.zero_shot else []

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -31,10 +31,10 @@ from utils.data.task import load_task
 from utils.distributed import World, shard_frozen
 from utils.llm import fit_tokenizer, load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from utils.llm.attention import leave_out_cudnn_attention
-from utils.llm.digest import weights_digest
+from utils.llm.digest import recorded_base, weights_digest
 from utils.llm.errors import lacks_memory
 from utils.llm.memory import MemoryPlan, Shape, plan_memory
-from utils.run import METRICS_FILE, NoLogger, RunLogger, check_disk
+from utils.run import METRICS_FILE, NoLogger, RunLogger, check_disk, read_metrics
 from utils.seeding import seed_all
 from utils.settings import (
     check,
@@ -116,8 +116,9 @@ def prepare(cfg: DictConfig) -> Run:
         raise ValueError(f"overwrite=true removes train.init_adapter={start} with its run: set paths.output_dir")
     resumed = load_checkpoint(folder, fingerprint(cfg)) if cfg.resume else None
     begun = (folder / METRICS_FILE).exists()
+    method: Method = instantiate(cfg.method.factory, _convert_="all")
     if cfg.resume and resumed is None:
-        if not begun or (folder / "adapter").exists():
+        if not begun or ((folder / "adapter").exists() and not steps_unneeded(cfg, method, folder)):
             raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
         logger.warning("the run in %s ended before its first checkpoint: it starts afresh", folder)
     if world.main and begun and not (cfg.resume or cfg.overwrite):
@@ -125,7 +126,6 @@ def prepare(cfg: DictConfig) -> Run:
     check_disk(folder, FREE_DISK_BYTES)
     leave_out_cudnn_attention()
     seed_all(cfg.seed)
-    method: Method = instantiate(cfg.method.factory, _convert_="all")
     with world.main_first():
         data, encoder, model = load(cfg, world)
     if missing := [split for split in method.fitted_to if not getattr(data, split)]:
@@ -137,6 +137,8 @@ def prepare(cfg: DictConfig) -> Run:
     model = adapted(cfg, method, model)
     if start is not None:
         report_held(cfg, model)
+        if recorded_base(Path(str(start))) not in (None, base):
+            logger.warning("train.init_adapter=%s was trained with other base weights, or quantised otherwise", start)
     if cfg.train.fsdp:
         shard_frozen(model, world)
     groups = method.parameter_groups(model, cfg.opt.lr, cfg.opt.weight_decay)
@@ -150,6 +152,12 @@ def prepare(cfg: DictConfig) -> Run:
     generator = torch.Generator(world.device)
     parts = (method, model, encoder, data, schedule, generator, base, optimizer, log)
     return Run(cfg, folder, world.device, world, *parts, resumed, held)
+
+
+def steps_unneeded(cfg: DictConfig, method: Method, folder: Path) -> bool:
+    """Whether neither this run nor that before in the folder has a step of training, so that a kill costs none."""
+    trained = any(record["kind"] == "train" for record in read_metrics(folder))
+    return not trained and not (method.trains and cfg.train.epochs)
 
 
 def check_adapter(start: str) -> None:
@@ -221,7 +229,11 @@ def report_held(cfg: DictConfig, model: Any) -> None:
         given |= {f"inducing.{key}": value for key, value in plain(cfg.inducing).items() if key != "init_seed"}
     for key, value in given.items():
         own = getattr(config, "target_r" if key == "peft.r" and hasattr(config, "target_r") else key.partition(".")[2])
-        if (set(own or ()) != set(value)) if key == "peft.target_modules" else own != value:
+        if key == "peft.target_modules":  # all linear layers have names of their own in an adapter
+            differs = value != INCLUDE_LINEAR_LAYERS_SHORTHAND and set(own or ()) != set(value)
+        else:
+            differs = own != value
+        if differs:
             logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
 
 

@@ -50,6 +50,32 @@ def test_jobs_that_differ_in_no_name_get_their_own_folders(launcher, tmp_path, o
     assert done.stdout.count("run folder:") == 2
 
 
+def test_an_interrupted_sweep_goes_on_with_jobs_that_had_not_begun(tmp_path, overrides, monkeypatch):
+    common = [o for o in overrides("train.max_steps=1", "seed=0,1") if not o.startswith("paths.output_dir")]
+    command = ["-m", *common, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    prepare = ts.prepare
+
+    def stop(cfg):
+        if cfg.seed == 1:
+            raise ValueError("a failure of the second job")
+        return prepare(cfg)
+
+    monkeypatch.setattr(ts, "prepare", stop)
+    assert "a failure of the second job" in exit_message(ts, command)
+    again = [sys.executable, str(SCRIPT), *command, "resume=true"]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for seed in (0, 1):
+        records = read_metrics(tmp_path / "sweep" / f"{seed}_jsonl_sgp_seed{seed}")
+        assert [record["step"] for record in records if record["kind"] == "train"] == [1]
+
+
+def test_one_folder_for_all_jobs_is_refused(tmp_path, overrides):
+    message = exit_message(ts, ["-m", *overrides("seed=0,1")])
+    assert message.startswith(f"error: paths.output_dir={tmp_path / 'run'} would be the folder of every job")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_experiment_is_a_comparison_in_the_folder_of_the_sweep(tmp_path):
     own = ["hydra.sweeper.tasks=[sst2_100]", "hydra.sweeper.seconds=0", f"hydra.sweep.dir={tmp_path / 'out'}"]
     command = [sys.executable, str(SCRIPT), "experiment=benchmark_small", *own, "llm=tiny"]

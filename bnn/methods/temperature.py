@@ -29,7 +29,7 @@ class Scaled(Method):
         of: arguments of the other method.
 
     Raises:
-        ValueError: for a maximum of 1 or less, or none.
+        ValueError: for a maximum of 1 or less, or none, or for draws that are no number from 1 on.
     """
 
     fitted_to = ("validation",)
@@ -40,6 +40,8 @@ class Scaled(Method):
                 f"method.factory.maximum={maximum} must be greater than 1, and finite: T is sought between it and its "
                 "reciprocal"
             )
+        if draws is not None and (type(draws) is not int or draws < 1):
+            raise ValueError(f"method.factory.draws={draws} must be a whole number, at least 1: leave it at eval.n_mc")
         super().__init__(**of)
         self.maximum = maximum
         self.draws = draws

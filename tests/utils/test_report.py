@@ -434,6 +434,9 @@ def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
     path = tmp_path / "a" / "results.csv"
     write_csv(tmp_path / "again.csv", read_csv(path))
     assert (tmp_path / "again.csv").read_text() == path.read_text()
+    marked = tmp_path / "marked.csv"
+    marked.write_text(path.read_text(), encoding="utf-8-sig")  # as a spreadsheet saves it
+    assert read_csv(marked) == read_csv(path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1].replace("abc", "abc,x", 1)]))
     with pytest.raises(ValueError, match="line 2"):

@@ -1,3 +1,4 @@
+import errno
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,12 @@ def test_other_errors_are_no_want_of_memory(error):
 def test_a_want_of_memory_is_one_line_with_the_remedies(text, said):
     expected = f"error: {said}: set quantization=nf4, llm.gradient_checkpointing=true, a smaller train.batch_size"
     assert one_line(RuntimeError(text), Path()).startswith(expected)
+
+
+def test_a_full_disk_is_one_line_with_the_remedy():
+    said = one_line(OSError(errno.ENOSPC, "No space left on device"), Path())
+    assert said == "error: no space is left on a disk that is written to: make some, then go on as after a kill"
+    assert "/x/y: No space left" in one_line(OSError(errno.ENOSPC, "No space left on device", "/x/y"), Path())
 
 
 def test_a_recording_that_failed_for_want_of_memory_says_so():

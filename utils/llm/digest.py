@@ -1,10 +1,16 @@
 """Which weights a base model has, told by a small part of them."""
 
 import hashlib
+import json
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from utils.run import write_json_atomic
+
+BASE_FILE = "base_weights.json"
+"""In an adapter's folder: the digest of the weights that it was trained with."""
 SAMPLED = 256
 """About how many values, evenly spaced, are taken of a large parameter; of a small one all."""
 
@@ -23,3 +29,16 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in whole.items()]).encode())
     found.update(torch.cat(values).view(torch.int16).cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def record_base(folder: Path, digest: str) -> None:
+    """Write into an adapter's folder which weights it belongs to."""
+    write_json_atomic(folder / BASE_FILE, {"weights_digest": digest})
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The digest in an adapter's folder; None where nothing, or nothing readable, is recorded."""
+    try:
+        return str(json.loads((folder / BASE_FILE).read_text())["weights_digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

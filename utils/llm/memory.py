@@ -7,8 +7,9 @@ from typing import Any
 
 import psutil
 import torch
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from utils.data.batch import AT_ONCE
@@ -71,7 +72,7 @@ def plan_memory(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Mapping[str, Any] | None,
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     rank: int,
     checkpointing: bool,
     evaluation: Sequence[Shape],
@@ -92,7 +93,7 @@ def plan_memory(
         dtype: of the base weights and activations.
         device: where the model will be.
         quantization: arguments of ``BitsAndBytesConfig``; None or empty for none.
-        targets: suffixes of the names of the adapted modules.
+        targets: suffixes of the names of the adapted modules, or ``all-linear``.
         rank: r, or the larger inducing size: an adapter has about rank * (d_in + d_out) numbers.
         checkpointing: whether activations are recomputed.
         evaluation: of the forward passes in evaluation.
@@ -127,9 +128,11 @@ def logits_bytes(shape: Shape, vocabulary: int, dtype: torch.dtype, copies: int)
     return (scored * copies * dtype.itemsize + in_float32 * transient) * vocabulary
 
 
-def adapted(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
-    """The linear layers whose names end in one of ``targets``."""
-    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
+def adapted(model: PreTrainedModel, targets: Sequence[str] | str) -> list[nn.Module]:
+    """The linear layers whose names end in one of ``targets``; ``all-linear``: all but the output embedding."""
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    if targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return [m for _, m in linear if m is not model.get_output_embeddings()]
     return [m for name, m in linear if name.rsplit(".", 1)[-1] in targets or name in targets]
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from optuna import Study, Trial, TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from utils.locks import try_lock
@@ -32,11 +34,46 @@ NAMELESS_SECONDS = 60
 
 
 def open_storage(location: str) -> str | BaseStorage:
-    """A URL as Optuna takes it, or a journal file."""
+    """A URL as Optuna takes it, or a journal file.
+
+    Raises:
+        ValueError: If a line of the file is damaged.
+    """
     if "://" in location:
         return location
     Path(location).parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(location))
+    try:
+        return JournalStorage(JournalFileBackend(location))
+    except ValueError as error:  # Optuna's names neither the file nor the line
+        raise ValueError(f"{location} is no journal, or damaged: {_damage(Path(location)) or error}") from error
+
+
+def mend(journal: Path) -> None:
+    """Cut off the half line that a full disk or a kill has left at the end: the next would be joined to it."""
+    if not journal.is_file() or _is_whole(journal):
+        return
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    try:
+        if not _is_whole(journal):
+            with journal.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _is_whole(journal: Path) -> bool:
+    with journal.open("rb") as file:
+        return not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read() == b"\n")
+
+
+def _damage(journal: Path) -> str:
+    for number, line in enumerate(journal.read_bytes().splitlines(), start=1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return f"line {number} is no JSON: delete that line"
+    return ""
 
 
 def open_study(
@@ -60,6 +97,8 @@ def open_study(
     Raises:
         ValueError: If the study began with other settings or in another folder, or if the folder holds another study.
     """
+    if "://" not in location:
+        mend(Path(location))
     directions: Any = ["maximize" if SIGNS[objective] < 0 else "minimize" for objective in objectives]
     storage = open_storage(location)
     known = {s.study_name: s.user_attrs for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}

@@ -89,6 +89,7 @@ def test_the_kl_is_in_the_objective_or_in_its_own_step(cls, kl_lr, make_llama):
         kl = live.kl()
     assert kl.requires_grad == (kl_lr is None)
     assert kl.item() == pytest.approx(sum(layer.kl().item() for _, layer in random_layers(model)))
+    assert kl_weight(10, SCHEDULE, 1e-9) == 0, "the period is too long for a number"
     period = kl_period(SCHEDULE, 8.0)
     method.after_step(model, period - 1, 0.5)
     moved = {name.rsplit(".", 1)[-1] for name, p in trainable(model) if not torch.equal(p, before[name])}

@@ -139,6 +139,14 @@ def test_a_target_unlike_any_is_refused_with_the_list(make_llama):
         check_targets(make_llama(), ["c_attn"])
 
 
+@pytest.mark.parametrize("method", [MLE(), sgp()], ids=["mle", "sgp"])
+def test_all_linear_layers_but_the_output_embedding(method, make_llama):
+    base = make_llama()
+    linear = {name for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+    model = method.adapt(base, {**LORA, "target_modules": "all-linear"})
+    assert {name.partition(".lora_")[0].removeprefix("base_model.model.") for name, _ in trainable(model)} == linear
+
+
 def test_full_paths_are_targets_too(make_llama):
     model = make_llama()
     model.model.norm = torch.nn.RMSNorm(16, elementwise_affine=False)  # its weight is None

@@ -152,6 +152,10 @@ def test_it_trains_as_maximum_likelihood(model, ids):
 def test_refusals(model):
     with pytest.raises(ValueError, match=r"maximum=1.0 must be greater than 1"):
         Temperature(1.0)
+    own = {"scale_lr_factor": 5.0, "flow_lr_factor": 0.02, "antithetic": True, "cuda_graph": False, "posterior": {}}
+    for draws in (0, 1.5, True):
+        with pytest.raises(ValueError, match=rf"draws={draws} must be a whole number, at least 1"):
+            SGPTemperature(2.0, draws, **own)
     with pytest.raises(ValueError, match=r"maximum=inf must be greater than 1, and finite"):
         Temperature(float("inf"))
     with pytest.raises(ValueError, match="validation split is empty"):

@@ -43,13 +43,14 @@ def estimate(config: PreTrainedConfig, shape: Shape = SHAPE, **changes: object) 
     return plan_memory(config, shape, **settings | changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("targets", [TARGETS, "all-linear"], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_and_adapter_are_counted_as_they_are_built(tied):
+def test_weights_and_adapter_are_counted_as_they_are_built(tied, targets):
     config = config_of("tiny", tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config)
-    found = estimate(config)
+    found = estimate(config, targets=targets)
     assert found.model == sum(p.numel() * 4 for p in model.parameters())
-    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS))
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
     assert found.adapter == STATE_BYTES * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

@@ -111,6 +111,22 @@ def test_failures_between_successes_are_not_in_a_row(tmp_path):
     assert len(points_of(study)) == 3
 
 
+def test_a_study_goes_on_after_a_disk_was_full_in_the_middle_of_a_line(tmp_path):
+    worker = Worker(tmp_path)
+    run(open_at(tmp_path, worker), worker, 3)
+    journal = tmp_path / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines) + b'{"op_code":8,"trial_')
+    run(study := open_at(tmp_path, worker), worker, 5)
+    assert len(points_of(study)) == 5
+    assert journal.read_bytes().startswith(b"".join(lines))
+    assert not list(tmp_path.glob("journal.log.*")), "the lock is let go"
+
+    journal.write_bytes(b"".join([*lines[:2], b"garbage\n", *lines[2:]]))
+    with pytest.raises(ValueError, match=r"journal.log is no journal, or damaged: line 3 is no JSON: delete that line"):
+        open_at(tmp_path, worker)
+
+
 def test_a_trial_that_has_just_begun_and_names_no_process_is_left_alone(tmp_path, monkeypatch):
     """Between the moment a process asks for a trial and the moment it signs it."""
     worker = Worker(tmp_path)
