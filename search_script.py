@@ -69,6 +69,12 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     first = settings_of(base, values)
     check(first)
     check_types(first, CONFIGS)
+    unread = [] if "posterior" in first.method.factory else [key for key in values if key.startswith("inducing.")]
+    if unread:
+        raise ValueError(
+            f"search.space has {unread[0]}, which method={first.method.name} does not read: add "
+            "~search.space.inducing, or choose another search_space"
+        )
     if settings.select.rules:
         experiment_of(CONFIGS, [*base, *overrides_of(values, CONFIGS)])
     compare = load_compared(settings.compare, settings.objectives) if settings.compare else None

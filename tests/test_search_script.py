@@ -230,7 +230,7 @@ def test_a_trial_is_judged_as_a_run_with_these_settings_is(tmp_path):
 @pytest.mark.parametrize("more", [("method=mle", "eval.keep=best"), ("method=temperature",)], ids=["best", "fitted"])
 def test_a_trial_is_judged_by_what_a_run_ends_with(tmp_path, more):
     """Its best adapter where that is kept, though at such rates the last is worse; and fitted. Nothing is drawn."""
-    lr = ("search.space.opt.lr.low=0.5", "search.space.opt.lr.high=1.0")
+    lr = ("search.space.opt.lr.low=0.5", "search.space.opt.lr.high=1.0", "~search.space.inducing")
     folder = run(tmp_path / "a", "search.trials=1", *lr, *more)
     (judged,) = points_of(load_compared(f"{folder}/journal.log", OBJECTIVES))
     cfg = OmegaConf.load(folder / "trials" / "0000" / "config.yaml")
@@ -329,6 +329,7 @@ def test_of_several_processes_one_is_killed_and_nothing_is_lost(tmp_path):
         ("~peft.lora_dropout", "cannot leave out peft.lora_dropout: do not delete keys with ~ in a search"),
         ("search.compare=/no/such.log", "no such file"),
         ("search.trails=3", "unknown key search.trails"),
+        ("method=mle", "search.space has inducing.prior_sd_b, which method=mle does not read"),
         ("search_space=sst3", "did you mean sst2"),
         ("+search.space.opt.lrr={type: float, low: 0.1, high: 0.2}", "opt.lrr"),
         ("search.space.opt.lr.low=1", "search.space.opt.lr: low=1, high=0.01"),

@@ -94,8 +94,15 @@ def read_csv(path: str | Path) -> list[Row]:
     """Read results.csv.
 
     Raises:
-        ValueError: If columns are missing, a number is none, or there is no row.
+        ValueError: If it is no CSV in UTF-8, columns are missing, a number is none, or there is no row.
     """
+    try:
+        return _read_csv(path)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8 ({error}): name a results.csv that a report wrote") from error
+
+
+def _read_csv(path: str | Path) -> list[Row]:
     fields = dataclasses.fields(Row)
     rows = []
     with Path(path).open(encoding="utf-8-sig", newline="") as file:  # with a mark, as spreadsheets save it

@@ -437,6 +437,10 @@ def test_a_damaged_number_in_the_csv_is_named(runs, tmp_path):
     marked = tmp_path / "marked.csv"
     marked.write_text(path.read_text(), encoding="utf-8-sig")  # as a spreadsheet saves it
     assert read_csv(marked) == read_csv(path)
+    for damaged in (path.read_text().encode("utf-16"), b'"' + path.read_bytes() + 200_000 * b"x"):
+        marked.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"marked\.csv is no CSV in UTF-8"):
+            read_csv(marked)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1].replace("abc", "abc,x", 1)]))
     with pytest.raises(ValueError, match="line 2"):
