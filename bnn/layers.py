@@ -111,7 +111,7 @@ class InducingFactor(nn.Module):
             size, depth = spec.m_r * spec.m_c, spec.flow_depth
             self.flow = InducingFlow(size, depth, spec.flow_hidden) if depth else None
         self._sample: Tensor | None = None
-        self._mean: tuple[list[tuple[int, int]] | None, Tensor, list[Tensor]] | None = None
+        self._mean: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
         self._stack: tuple[dict[str, weakref.ref[Tensor]], int] | None = None
         self.register_load_state_dict_post_hook(_stay_in_float32)
 
@@ -198,7 +198,8 @@ class InducingFactor(nn.Module):
         if key is None or self._mean is None or self._mean[0] != key:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
                 W = posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0]
-            self._mean = (key, W, [] if key is None else [t.detach() for t in behind])
+            self._mean = None if key is None else (key, W, [t.detach() for t in behind])
+            return W
         return self._mean[1]
 
     @staticmethod

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,21 +49,15 @@ def open_storage(location: str) -> str | BaseStorage:
 
 def mend(journal: Path) -> None:
     """Cut off the half line that a full disk or a kill has left at the end: the next would be joined to it."""
-    if not journal.is_file() or _is_whole(journal):
+    if not journal.is_file() or journal.read_bytes()[-1:] in (b"", b"\n"):
         return
     lock = JournalFileSymlinkLock(str(journal))
     lock.acquire()
     try:
-        if not _is_whole(journal):
-            with journal.open("r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
+        with journal.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)  # all of it, if whoever wrote has come to the end meanwhile
     finally:
         lock.release()
-
-
-def _is_whole(journal: Path) -> bool:
-    with journal.open("rb") as file:
-        return not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read() == b"\n")
 
 
 def _damage(journal: Path) -> str:
