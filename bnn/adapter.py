@@ -5,7 +5,6 @@
 work. A process must ``import bnn`` before it loads such an adapter: PEFT knows the method by this registration.
 """
 
-import contextlib
 import copy
 import math
 import re
@@ -203,13 +202,17 @@ class SGPLoraModel(LoraModel):
 
 
 def untie(model: Any, layer: Any) -> None:
-    """Give a layer that is tied to the input embedding its own weight: merging would corrupt the embedding.
+    """Give a layer whose weight others have too one of its own: merging would change theirs.
 
-    The model then has a configuration of its own that says so; other models may have been made from the one it had.
+    So have those others each, but one: a model that is saved merged no longer calls any of them tied. It then has a
+    configuration of its own that says so; other models may have been made from the one it had.
     """
-    if not any(weight is getattr(layer, "weight", None) for weight in _embedding_weights(model)):
+    weight = layer._parameters.get("weight")
+    others = [m for m in model.modules() if m is not layer and m._parameters.get("weight") is weight]
+    if weight is None or not others:
         return
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for module in (layer, *others[1:]):
+        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if hasattr(getattr(model, "config", None), "get_text_config"):
         copies: dict[int, Any] = {}
         config = copy.deepcopy(model.config, copies)
@@ -218,15 +221,6 @@ def untie(model: Any, layer: Any) -> None:
                 module.config = copies[own]
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
-
-
-def _embedding_weights(model: Any) -> list[Tensor]:
-    """Of the input embedding; of a model that does not say which that is, of all."""
-    if hasattr(model, "get_input_embeddings"):
-        with contextlib.suppress(NotImplementedError):  # some have none
-            return [model.get_input_embeddings().weight]
-        return []
-    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 def replace_factors(

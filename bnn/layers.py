@@ -67,7 +67,7 @@ class InducingFactor(nn.Module):
         generator: for the rows of Z that ``weight`` leaves free.
 
     Raises:
-        ValueError: for lambda_init outside (0, lambda_max), or sizes below 1.
+        ValueError: for lambda_init outside (0, lambda_max), sizes below 1, or what is not finite in float32.
     """
 
     W_unit: Tensor
@@ -105,17 +105,21 @@ class InducingFactor(nn.Module):
             else:
                 initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
             loc, unit = initial.pop("loc"), initial.pop("unit")
+            if not 0 < float(unit) < math.inf:
+                raise ValueError(f"mean_gain={mean_gain} or prior_sd starts a mean beyond float32: choose it nearer 1")
             self.register_buffer("W_unit", unit * math.exp(log_prior_sd))
             for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
                 self._own(name, value, True)
             size, depth = spec.m_r * spec.m_c, spec.flow_depth
             self.flow = InducingFlow(size, depth, spec.flow_hidden) if depth else None
         self._sample: Tensor | None = None
-        self._mean: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
+        self._mean: tuple[list[tuple[int, int]], Tensor, int, list[Tensor]] | None = None
         self._stack: tuple[dict[str, weakref.ref[Tensor]], int] | None = None
         self.register_load_state_dict_post_hook(_stay_in_float32)
 
     def _own(self, name: str, value: Tensor, learned: bool) -> None:
+        if not value.isfinite().all():
+            raise ValueError(f"{name} would not be finite in float32: its initial value is too near a bound")
         if learned:
             self.register_parameter(name, nn.Parameter(value))
         else:
@@ -184,7 +188,7 @@ class InducingFactor(nn.Module):
         drawing, ``train()`` and ``eval()`` clear the cache too, and gradients that wait for a step keep it empty. It
         holds the memory of the tensors that it is of, so that others are never found where those were. Tensors made in
         inference mode have no counter, and those of a function transform or of forward-mode derivatives are of that
-        alone: no cache.
+        alone: no cache. Nor is a mean kept that its reader has written to.
         """
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if wanted or _is_transformed():
@@ -195,12 +199,14 @@ class InducingFactor(nn.Module):
         behind += () if self.flow is None else self.flow.parameters()
         behind += self._leaves().values()
         key = self._versions(behind)
-        if key is None or self._mean is None or self._mean[0] != key:
-            with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
-                W = posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0]
-            self._mean = None if key is None else (key, W, [t.detach() for t in behind])
-            return W
-        return self._mean[1]
+        if key is not None and self._mean is not None:
+            known, W, version, _ = self._mean
+            if known == key and W._version == version:
+                return W
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.W_unit.device):
+            W = posterior.mean(self.spec, _stack_one(self.own_tensors()), self.flow)[0]
+        self._mean = None if key is None else (key, W, W._version, [t.detach() for t in behind])
+        return W
 
     @staticmethod
     def _versions(behind: list[Tensor]) -> list[tuple[int, int]] | None:

@@ -28,9 +28,14 @@ class Antithetic:
     Args:
         generator: source of the first of each pair; the device's global one if None.
         ahead: k, how many draws later the mirror image of a draw comes.
+
+    Raises:
+        ValueError: for ahead < 1; from a mirrored draw asked for at another size than its pair's first.
     """
 
     def __init__(self, generator: torch.Generator | None, ahead: int = 1) -> None:
+        if ahead < 1:
+            raise ValueError(f"ahead={ahead}: a mirror image comes at least one draw later")
         self.generator = generator
         self.ahead = ahead
         self._mirrored: list[Tensor] = []
@@ -44,6 +49,8 @@ class Antithetic:
             self._fresh -= 1
             return drawn
         drawn = self._mirrored.pop(0)
+        if drawn.numel() != size:
+            raise ValueError(f"a draw of {size} numbers cannot mirror one of {drawn.numel()}: a source for each model")
         if not self._mirrored:
             self._fresh = self.ahead
         return drawn

@@ -5,7 +5,7 @@ waits for the device.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -72,19 +72,23 @@ def active_factors(model: nn.Module) -> list[InducingFactor]:
     Raises:
         ValueError: if there are none.
     """
-    factors: list[InducingFactor] = []
+    return [factor for _, _, factor in _places(model)]
+
+
+def _places(model: nn.Module) -> list[tuple[Mapping[str, Any], str, InducingFactor]]:
+    """Every active factor, with where it stands: the modules of its side of a layer, by adapter, and the adapter."""
+    places: list[tuple[Mapping[str, Any], str, InducingFactor]] = []
     for module in model.modules():
-        sides = (getattr(module, "lora_A", None), getattr(module, "lora_B", None))
-        for side in sides:
+        for side in (getattr(module, "lora_A", None), getattr(module, "lora_B", None)):
             if isinstance(side, nn.ModuleDict):
-                chosen = (side[name] for name in getattr(module, "active_adapters", []) if name in side)
-                factors.extend(f for f in chosen if isinstance(f, InducingFactor))
-    if not factors:
+                chosen = ((name, side._modules.get(name)) for name in getattr(module, "active_adapters", []))
+                places.extend((side._modules, name, f) for name, f in chosen if isinstance(f, InducingFactor))
+    if not places:
         raise ValueError(
             "the model has no active SGP-LoRA factor: adapt it with get_peft_model(model, SGPLoraConfig(...)) "
             "or activate its adapter with set_adapter"
         )
-    return factors
+    return places
 
 
 Kind = tuple[FactorSpec, torch.device, torch.dtype, frozenset[str]]
@@ -104,7 +108,8 @@ class Sampler:
 
     Args:
         model: a PEFT model with SGP-LoRA adapters.
-        own: move the parameters into stacked ones (``FactorStack.own``), to be trained as ``parameters()``.
+        own: move the parameters into stacked ones (``FactorStack.own``), to be trained as ``parameters()``; which of
+            them are trained is settled then.
         cuda_graph: with ``own``, and all factors on one GPU, make training draws by CUDA graphs.
 
     Raises:
@@ -112,7 +117,8 @@ class Sampler:
     """
 
     def __init__(self, model: nn.Module, own: bool = False, cuda_graph: bool = False) -> None:
-        self.factors = active_factors(model)
+        self._places = _places(model)
+        self.factors = [factor for _, _, factor in self._places]
         self.stacks = [FactorStack(group) for group in group_by_kind(self.factors).values()]
         self._layers: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
         self._active = self._adapters()
@@ -145,6 +151,8 @@ class Sampler:
             raise ValueError(f"the number of posterior samples must be at least 1, got {n}")
         if self._active != self._adapters():
             raise ValueError("another adapter was made active after this Sampler was made: make it anew")
+        if any(modules.get(name) is not factor for modules, name, factor in self._places):
+            raise ValueError("an adapter was replaced after this Sampler was made: make it anew")
         if any(layer.merged_adapters for layer in self._layers):
             raise ValueError("the adapter is merged, so there is nothing to draw: call unmerge_adapter first")
         if any(factor.has_sample for factor in self.factors):
@@ -195,7 +203,8 @@ def sample(model: nn.Module, n: int = 1, generator: Source = None) -> AbstractCo
     Inside, a batch of n*B rows uses draw i for rows i*B to (i+1)*B (with n = 1, one draw for every row); that is the
     first dimension of what every adapted layer sees, so no time-major model and no chosen tokens of an expert. Draws
     are made here and nowhere else, so recomputation under gradient checkpointing sees them again. Run backward before
-    the context ends: the parameters receive their gradients when it ends. Draw anew for every micro-batch. Noise is
+    the context ends: the parameters receive their gradients when it ends, all that want one, which
+    ``backward(inputs=...)`` and the transforms of ``torch.func`` cannot see. Draw anew for every micro-batch. Noise is
     drawn sample by sample, so n draws at once are the same as n draws of one, and results do not depend on how
     samples are split over forwards. A loop that draws often keeps a ``Sampler``.
 
@@ -209,6 +218,7 @@ def sample(model: nn.Module, n: int = 1, generator: Source = None) -> AbstractCo
 
     Raises:
         ValueError: for n < 1, no active factor, a merged adapter, or a context that is already open.
-        RuntimeError: from a backward pass that comes after the context has ended.
+        RuntimeError: from a backward pass that comes after the context has ended; reentrant checkpointing would
+            recompute with the mean instead, which only a loss with ``kl()`` in it tells.
     """
     return Sampler(model).draw(n, generator)

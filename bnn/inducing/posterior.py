@@ -7,6 +7,7 @@ and the plain path are the same code.
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,7 +141,9 @@ def _noise_of_mean(spec: FactorSpec, Z_r: Tensor) -> Tensor:
         chosen = torch.special.ndtri((torch.arange(spec.members, dtype=torch.float64) + 0.5) / spec.members)
         return chosen.to(Z_r)[:, None, None, None].expand(-1, *shape)
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(MEAN_DRAWS // 2, *shape, generator=generator, dtype=Z_r.dtype, device="cpu")
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    with torch._C._DisableFuncTorch() if transformed else nullcontext():  # vmap allows no random numbers
+        half = torch.randn(MEAN_DRAWS // 2, *shape, generator=generator, dtype=Z_r.dtype, device="cpu")
     return torch.cat([half, -half]).to(Z_r.device)
 
 

@@ -149,14 +149,22 @@ def test_adapters_are_not_switched_under_draws(two_adapters):
 
 
 def test_adapters_are_neither_added_nor_deleted_under_draws(two_adapters):
-    """Nothing of one that was refused stays behind."""
+    """Nothing of one that was refused stays behind; a Sampler does not outlive its adapter, whatever has its name."""
     both, *_ = two_adapters
     with bnn.sample(both, 2):
         with pytest.raises(ValueError, match=r"leave bnn\.sample before adding an adapter"):
             both.add_adapter("third", SGPLoraConfig(r=2, target_modules=["q_proj"]))
         with pytest.raises(ValueError, match=r"leave bnn\.sample before deleting an adapter"):
             both.delete_adapter("second")
+    both.set_adapter("second")
+    sampler = bnn.Sampler(both)
     both.add_adapter("third", SGPLoraConfig(r=3, target_modules=["v_proj"]))
+    both.set_adapter("third")
+    both.delete_adapter("second")
+    both.add_adapter("second", both.peft_config["first"])
+    both.set_adapter("second")
+    with pytest.raises(ValueError, match="an adapter was replaced after this Sampler was made"), sampler.draw(1):
+        pass
     both.set_adapter("third")
     assert {min(f.spec.d_out, f.spec.d_in) for f in active_factors(both)} == {3}
     both.delete_adapter("second")

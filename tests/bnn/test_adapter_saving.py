@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration
 
 import bnn
 from bnn.sampler import active_factors
@@ -143,6 +144,26 @@ def test_a_merged_tied_model_survives_its_own_saving(make_llama, make_adapted, i
     merged.save_pretrained(tmp_path)
     loaded = type(merged).from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+def test_a_merged_model_whose_head_was_tied_to_three_survives_its_own_saving(ids, tmp_path):
+    small = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+    config = BartConfig(
+        **{"vocab_size": 61, "d_model": 16, "max_position_embeddings": 20, "init_std": 0.3},
+        **{f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in small.items()},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = BartForConditionalGeneration(config)
+    model = get_peft_model(base, bnn.SGPLoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, before)
+        merged.save_pretrained(tmp_path)
+        loaded = type(merged).from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(input_ids=ids).logits, merged(input_ids=ids).logits)
 
 

@@ -158,6 +158,14 @@ def test_refuses_before_anything_is_replaced(make_lora, ids):
         with pytest.raises(ValueError, match=said):
             bnn.bayesianize_(model, **INDUCING)
         assert not factors_of(model)
+    diverged = make_lora()
+    with torch.no_grad():
+        diverged.get_parameter("base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight")[0, 0] = (
+            torch.nan
+        )
+    with pytest.raises(ValueError, match=r"weights of model\.layers\.1\.self_attn\.q_proj are not all finite"):
+        bnn.bayesianize_(diverged, **INDUCING)
+    assert not factors_of(diverged)
 
 
 def test_a_tied_head_leaves_the_embedding_alone(make_llama, ids):

@@ -123,9 +123,17 @@ def test_is_not_used_under_forward_mode_differentiation(factor, warm):
 
 
 @torch.no_grad()
-def test_is_not_used_under_vmap(factor):
-    """Many sets of parameters at once, in the usual recipe."""
-    x = torch.eye(WIDTH)
+def test_is_not_kept_once_its_reader_has_written_to_it(factor):
+    expected = factor.mean_weight().clone()
+    factor.weight.zero_()
+    assert torch.equal(factor.mean_weight(), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flow_depth", [0, 1])
+def test_is_not_used_under_vmap(flow_depth, A, make_factor):
+    """Many sets of parameters at once, in the usual recipe; the draws behind a flow's mean are the same for all."""
+    x, factor = torch.eye(WIDTH), make_factor(A, flow_depth=flow_depth, flow_hidden=8)
     values = {name: torch.stack([p, 1.1 * p]) for name, p in factor.named_parameters()}
     factor.mean_weight()
     both = vmap(lambda own: functional_call(factor, own, x))(values)

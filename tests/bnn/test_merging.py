@@ -5,7 +5,16 @@ import torch
 from bnn_cases import gap, logits_of, seeded
 from peft import get_peft_model
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import bnn
 from bnn.layers import InducingFactor
@@ -93,6 +102,49 @@ def test_a_tied_head_of_a_model_that_is_no_transformer(ids):
         before = model(ids)
         model.merge_adapter()
         assert gap(model(ids), before) < 1e-4
+
+
+def test_two_layers_of_one_weight():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh())
+
+    model = get_peft_model(Model(), bnn.SGPLoraConfig(r=4, target_modules=["b"], init_lora_weights=False))
+    x = torch.eye(16)
+    with torch.no_grad():
+        before = model(x)
+        model.merge_adapter()
+        assert gap(model(x), before) < 1e-5
+
+
+def test_a_decoder_s_head_tied_to_its_own_embedding(ids):
+    """Not to the one that an encoder-decoder model names its input embedding."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    encoder = BertModel(BertConfig(vocab_size=61, **small))
+    decoder = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True))
+    base = EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model = get_peft_model(base, bnn.SGPLoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        before = model(input_ids=ids, decoder_input_ids=ids).logits
+        merged = model.merge_and_unload()
+        assert gap(merged(input_ids=ids, decoder_input_ids=ids).logits, before) < 1e-5
+
+
+def test_a_model_whose_input_embedding_has_no_weight_of_that_name():
+    """Patches of an image are embedded by a convolution inside."""
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+    )
+    adapter = bnn.SGPLoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model, pixels = get_peft_model(ViTModel(config).eval(), adapter).eval(), torch.ones(1, 3, 8, 8)
+    with torch.no_grad():
+        before = model(pixel_values=pixels).last_hidden_state
+        assert gap(model.merge_and_unload()(pixel_values=pixels).last_hidden_state, before) < 1e-5
 
 
 def test_untying_is_this_model_s_alone(make_llama):

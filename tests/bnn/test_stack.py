@@ -170,6 +170,17 @@ def test_antithetic_draws_mirror_earlier_ones_across_contexts(make_adapted):
     torch.testing.assert_close(draws(8, ahead=2)[4:], draws(8)[[4, 6, 5, 7]], rtol=0, atol=1e-7)
 
 
+def test_draws_that_nothing_can_mirror_are_refused(make_adapted):
+    with pytest.raises(ValueError, match="ahead=0: a mirror image comes at least one draw later"):
+        bnn.Antithetic(None, 0)
+    source = bnn.Antithetic(seeded())
+    with bnn.sample(make_adapted(), 1, source):
+        pass
+    other = make_adapted(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="cannot mirror one of"), bnn.sample(other, 1, source):
+        pass
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_what_is_frozen_stays_so_when_stacked(layer, make_adapted):
     """Whichever factor comes first: those of one layer are frozen, those of the other are trained."""
