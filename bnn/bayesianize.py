@@ -57,8 +57,8 @@ def bayesianize_(
     layers = {path: m for path, m in base.named_modules() if isinstance(m, LoraLayer) and has_adapter(m, name)}
     for path, layer in layers.items():
         check_plain(layer, name, path, METHOD)
-        own = [side[name].weight for side in (layer.lora_A, layer.lora_B)]
-        if not all(weight.is_meta or weight.isfinite().all() for weight in own):
+        weights = [side[name].weight for side in (layer.lora_A, layer.lora_B)]
+        if not all(weight.is_meta or weight.isfinite().all() for weight in weights):
             raise ValueError(f"the LoRA weights of {path} are not all finite: train the adapter again")
     for layer in layers.values():
         untie(base, layer.get_base_layer())

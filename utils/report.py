@@ -26,7 +26,7 @@ from utils.report_figures import (
 )
 from utils.report_rows import Row, read_csv, write_csv
 from utils.report_runs import collect, load_prediction, load_scores
-from utils.report_scores import Prediction, fit_temperature, same_examples, scaled, score
+from utils.report_scores import Prediction, digest, fit_temperature, same_examples, scaled, score
 from utils.report_tables import Column, aggregates_csv, columns, latex, mark_significant, markdown, tables
 from utils.run import write_text_atomic
 
@@ -48,6 +48,9 @@ def report_runs(roots: Sequence[Path], out: Path, split: str) -> tuple[list[Path
     figures = file_names([names if len(models) > 1 else names[1:] for names in panels])
     for ((model, task), column), figure in zip(panels.items(), figures.values(), strict=True):
         predictions = _predictions(column, files)
+        for name, of_seeds in predictions.items():
+            for row in column[name]:
+                row.examples = digest(of_seeds[row.seed]) if row.seed in of_seeds else ""
         if unlike := _of_other_examples(predictions):
             text = "are not of the examples of other methods with the same seed, and are not paired with them"
             notes.append(f"{model} on {task}: predictions of {', '.join(unlike)} {text}")

@@ -13,6 +13,8 @@ METRICS = ("acc", "nll", "ece", "brier")
 ZERO_SHOT = "zero_shot"
 """The base model, as a method and as a prediction of others' runs."""
 AUROCS = ("auroc_entropy", "auroc_mutual_information")
+LATER = ("examples",)
+"""Columns that files written before do not have."""
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Row:
         test_acc: The test behind it: paired, by seed, one-sample or welch (also test_nll, ...).
         temperature: T that the run's validation split asks for, where that was saved.
         nll_scaled: NLL with the predictive distribution scaled by it (also ece_scaled).
+        examples: A digest of the examples of the report's split, where its predictions are known.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Row:
     temperature: float | None = None
     nll_scaled: float | None = None
     ece_scaled: float | None = None
+    examples: str = ""
 
     @property
     def run(self) -> tuple[Any, ...]:
@@ -107,11 +111,13 @@ def _read_csv(path: str | Path) -> list[Row]:
     rows = []
     with Path(path).open(encoding="utf-8-sig", newline="") as file:  # with a mark, as spreadsheets save it
         reader = csv.DictReader(file)
-        if missing := [field.name for field in fields if field.name not in (reader.fieldnames or ())]:
+        known = (*(reader.fieldnames or ()), *LATER)
+        if missing := [field.name for field in fields if field.name not in known]:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}: name a results.csv that a report wrote")
         for number, values in enumerate(reader, start=2):
             try:
-                rows.append(Row(**{field.name: _parse(field.type, values[field.name]) for field in fields}))
+                own = [field for field in fields if field.name in values]
+                rows.append(Row(**{field.name: _parse(field.type, values[field.name]) for field in own}))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} line {number} is no row of results: {error}; correct or delete it") from error
     if not rows:

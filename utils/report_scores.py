@@ -1,5 +1,6 @@
 """Predictions of finished runs: what the report computes from raw per-sample scores, and its significance tests."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -112,6 +113,12 @@ def same_examples(predictions: Sequence[Prediction]) -> bool:
         np.array_equal(p.ids, predictions[0].ids) and np.array_equal(p.answer, predictions[0].answer)
         for p in predictions
     )
+
+
+def digest(prediction: Prediction) -> str:
+    """The same for predictions of the same examples: eight hexadecimal digits."""
+    told = zip(prediction.ids.tolist(), prediction.answer.tolist(), strict=True)
+    return hashlib.sha256(repr([*told]).encode()).hexdigest()[:8]
 
 
 def pairable(first: Mapping[int, Prediction], second: Mapping[int, Prediction]) -> bool:

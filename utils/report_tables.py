@@ -113,11 +113,19 @@ def _losses(column: Column, metric: str) -> dict[str, float]:
 def has_all_seeds(column: Column, name: str) -> bool:
     """Whether a method was run with as many seeds as any of its column, or is a base model that no seed changes."""
     most = max((len(rows) for other, rows in column.items() if other != ZERO_SHOT), default=0)
-    return (name == ZERO_SHOT and is_constant(column[name])) or len(column[name]) >= most
+    return (name == ZERO_SHOT and is_constant(column)) or len(column[name]) >= most
 
 
-def is_constant(rows: Sequence[Row]) -> bool:
-    """Whether rows of the base model have the same values; with ``dset.test_subset`` each seed draws its examples."""
+def is_constant(column: Column) -> bool:
+    """Whether the base model's values are those of every seed.
+
+    Not where each seed draws its examples, as with ``dset.test_subset`` and where validation data is set aside: of a
+    base model run once the examples of the others tell, and where none are known, whether these are test data.
+    """
+    rows = column[ZERO_SHOT]
+    if len(rows) == 1:
+        examples = {row.examples for of_seeds in column.values() for row in of_seeds if row.examples}
+        return len(examples) == 1 if examples else rows[0].split == "test"
     known = [found for metric in METRICS if (found := values(rows, metric))]
     return all(max(found) - min(found) <= ROUNDING for found in known)
 
@@ -152,7 +160,7 @@ def _compared(
 ) -> tuple[float, str]:
     """The p value of the best method against another, and the name of the test."""
     found = [p for method in (winner, name) for p in predictions.get(method, {}).values()]
-    constant = ZERO_SHOT in (winner, name) and is_constant(column[ZERO_SHOT]) and same_examples(found)
+    constant = ZERO_SHOT in (winner, name) and is_constant(column) and same_examples(found)
     one, other = _of_common_seeds(column, winner, name, predictions, constant)
     tests = {"paired": (pairable, paired_p), "by seed": (pairable_by_seed, by_seed_p)}
     for test, (fits, p_of) in tests.items():
@@ -336,7 +344,7 @@ def _within(column: Column, metric: str, name: str) -> bool:
 def _by_common_seed(column: Column, name: str, metric: str) -> tuple[list[float], list[float]]:
     """Values of ``mle`` and of another method for the seeds of both; all where no seed changes the base model."""
     base, own = column["mle"], column[name]
-    if name != ZERO_SHOT or not is_constant(own):
+    if name != ZERO_SHOT or not is_constant(column):
         seeds = {row.seed for row in base} & {row.seed for row in own}
         base, own = ([row for row in rows if row.seed in seeds] for rows in (base, own))
     return values(base, metric), values(own, metric)

@@ -23,7 +23,8 @@ class AdaLoRA(Method):
 
     P, Lambda and Q are PEFT's ``lora_B``, ``lora_E`` and ``lora_A``. The number of singular values of the whole model
     falls cubically from r_0 to r per layer (Eq. 12), the least important (Eq. 7 to 11) being set to 0; r is the rank
-    that is asked for, so the final budget is that of the other methods. The loss gains
+    that is asked for, so the final budget is that of the other methods; an adapter of a step before the last pruning,
+    which ``eval.keep=best`` may keep, has a larger one. The loss gains
     ``orthogonality`` * ``orthogonality_penalty``. Its gradient is added once per optimiser step when ``sample``
     closes, rather than through the KL: it is no KL, and beta / N would scale it. So it is in no logged loss.
 

@@ -81,6 +81,8 @@ def test_report_of_runs_and_round_trip_through_csv(runs, tmp_path, capsys):
     report.main(["--from-csv", str(tmp_path / "a" / "results.csv"), "--out", str(tmp_path / "b")])
     assert texts(tmp_path / "b") == first
     assert (tmp_path / "b" / "accuracy_calibration.png").exists()
+    known = {row.column: row.examples for row in read_csv(tmp_path / "a" / "results.csv") if row.examples}
+    assert len(set(known.values())) == len(known) == 2
     assert "**" in first["report.md"]  # sgp is better by far, with paired predictions
     assert "Not run: sgp on boolq (64)." in first["report.md"]
     assert "sgp (mean)" in first["report.md"]

@@ -241,6 +241,25 @@ def test_a_base_model_that_a_seed_changes_has_seeds_as_any_method():
     assert best(column, "nll") == "zero_shot"
 
 
+def test_a_base_model_run_once_stands_for_all_seeds_only_on_their_examples():
+    """Its one value on the examples of one seed is neither the best of all seeds nor to be subtracted from theirs."""
+    rows = [replace(make_row("mle", seed, 0.5 + 0.1 * seed), examples=f"of {seed}") for seed in range(3)]
+    base = replace(make_row("zero_shot", 0, 0.5), examples="of 0")
+
+    def summary(rows: list[Row], split: str = "test") -> str:
+        cells = next(table for table in tables(rows, split) if "summary" in table.title).cells
+        return {row[0][0]: row[5][0] for row in cells}["zero_shot"]
+
+    column = columns([*rows, base], "m", "test")["arc"]
+    assert best(column, "nll") == "mle"
+    assert summary([*rows, base]) == "0.0 %"
+    same = [replace(row, examples="of all") for row in (*rows, base)]
+    assert best(columns(same, "m", "test")["arc"], "nll") == "zero_shot"
+    assert summary(same) == f"{100 * (1 - 0.5 / 0.6):.1f} %"
+    unknown = [replace(row, examples="", split="validation") for row in same]
+    assert summary(unknown, "validation") == "0.0 %", "which may have been set aside by each seed"
+
+
 def test_rounding_leaves_the_base_model_a_constant():
     rows = [make_row("sgp", seed, 0.1 + 0.01 * seed) for seed in range(3)]
     for apart, test in ((1e-6, "one-sample"), (1e-2, "welch")):

@@ -51,9 +51,9 @@ class Encoder:
         """Token ids of one example, cached.
 
         A choice is what encoding prompt + context + text adds to encoding the prompt, so leading blanks come out right
-        with every tokenizer. Scored is what the text adds to prompt + context. Where a choice cannot be split so,
-        because a token reaches over the seam, every choice of the example is scored from the end of the tokens that
-        all begin with: whole texts are compared, in the tokenizer's own tokens.
+        with every tokenizer; where a token reaches over that seam, what comes after the tokens that all begin with.
+        Scored is what the text adds to prompt + context. Where a token reaches over that seam, every choice of the
+        example is scored whole: whole texts are compared, in the tokenizer's own tokens.
         """
         if example not in self._cache:
             self._cache[example] = self._encode(example)
@@ -68,8 +68,8 @@ class Encoder:
         for choice, stem, ids in zip(example.choices, stem_ids, whole, strict=True):
             if ids in ([], stem):
                 raise DataError(f"example {example.id!r}: choice {choice.text!r} has no tokens")
-        splits = all(s[: len(prompt)] == prompt and w[: len(s)] == s for s, w in zip(stem_ids, whole, strict=True))
-        shared = len(prompt) if splits else min(_alike(prompt, ids) for ids in whole)
+        splits = all(ids[: len(stem)] == stem for stem, ids in zip(stem_ids, whole, strict=True))
+        shared = min(_alike(prompt, ids) for ids in whole)
         choices = [ids[shared:] for ids in whole]
         unscored = [len(stem) - shared if splits else 0 for stem in stem_ids]
         prompt = prompt[:shared]

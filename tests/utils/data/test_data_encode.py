@@ -30,6 +30,16 @@ def test_choices_of_which_one_merges_with_the_prompt_are_scored_from_the_same_to
     assert encoded.unscored == [0, 0]
 
 
+def test_contexts_that_merge_with_the_prompt_are_not_scored(tokenizer):
+    """The seam before the text is clean: what is scored is the text alone, as of the other examples."""
+    tired = (Choice(" it was tired.", "t"), Choice(" it was tired.", "s"))
+    encoded = Encoder(tokenizer, "choice_sum", 99).encode(Example("x", "the ca", tired, 0))
+    assert tokenizer.decode(encoded.prompt) == "the"
+    for ids, unscored, context in zip(encoded.choices, encoded.unscored, (" cat", " cas"), strict=True):
+        assert tokenizer.decode(ids[:unscored]) == context
+        assert tokenizer.decode(ids[unscored:]) == " it was tired."
+
+
 def sentencepiece_tokenizer(*words: str) -> PreTrainedTokenizerFast:
     """As Llama-2's: a text begins with a blank, which is part of a word's token."""
     merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
