@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial
 from bnn.metrics import evaluate_predictions
 from pipeline import evaluation
 from pipeline.processes import DEAD_WORKER, processes
-from pipeline.run import CONFIGS, prepare
+from pipeline.run import CONFIGS, prepare, rehearse
 from pipeline.training import train
 from train_script import DEBUG, USER_ERRORS, execute, launch, refuse
 from utils.distributed import started_several
@@ -42,8 +42,8 @@ from utils.search.sampler import NumberedSampler
 from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
-from utils.search.study import METRICS, VALUES, Worker, load_compared, open_study, points_of, work
-from utils.settings import check, check_types, compose, differing, fingerprint, flat, one_line, plain
+from utils.search.study import METRICS, REASON, VALUES, Worker, load_compared, open_study, points_of, work
+from utils.settings import check, compose, differing, fingerprint, flat, one_line, plain
 
 logger = logging.getLogger("search")
 
@@ -67,8 +67,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     space = read_space(plain(settings.space))
     values = first_values(space)  # what no trial could run is found before anything is written
     first = settings_of(base, values)
-    check(first)
-    check_types(first, CONFIGS)
+    rehearse(first)
     unread = [] if "posterior" in first.method.factory else [key for key in values if key.startswith("inducing.")]
     if unread:
         raise ValueError(
@@ -84,7 +83,8 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     try:
         sampler = NumberedSampler(settings.sampler, settings.seed, settings.startup_trials, worker.name)
         with worker.alone():
-            study = open_study(settings.storage, settings.name, settings.objectives, sampler, begun, folder)
+            place = (settings.storage, settings.name, settings.objectives)
+            study = open_study(*place, sampler, begun, folder, alone=worker.is_only())
         budget = {key: settings[key] for key in ("trials", "seconds", "max_failures")}
 
         def objective(trial: optuna.Trial) -> list[float]:
@@ -156,7 +156,9 @@ def report(cfg: DictConfig, base: Sequence[str], study: optuna.Study, compare: o
     """Front, selected configurations and figures; with ``search.final_seeds`` also their test values."""
     settings, folder, points = cfg.search, Path(cfg.paths.output_dir), points_of(study)
     if not points:
-        raise ValueError(f"study {study.study_name} has no complete trial to select from: raise search.trials")
+        failed = [t.user_attrs[REASON] for t in study.get_trials(deepcopy=False) if REASON in t.user_attrs]
+        remedy = f"the last ended with: {failed[-1]}" if failed else "raise search.trials"
+        raise ValueError(f"study {study.study_name} has no complete trial to select from: {remedy}")
     front = pareto_front(points, settings.objectives)
     selected = select(front, settings.select.rules, settings.objectives, settings.select.acc_within)
     for rule, point in selected.items():

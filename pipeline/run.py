@@ -237,8 +237,20 @@ def report_held(cfg: DictConfig, model: Any) -> None:
             logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
 
 
-def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
-    """Data, encoder and base model; the data is checked against the tokenizer before weights are read."""
+def rehearse(cfg: DictConfig) -> None:
+    """Check what can be checked before weights are read: settings, adapter to start from, data, tokenizer.
+
+    For commands that make many runs, none of which could begin.
+    """
+    check(cfg)
+    check_types(cfg, CONFIGS)
+    if (start := cfg.train.init_adapter) is not None:
+        check_adapter(str(start))
+    load_data(cfg)
+
+
+def load_data(cfg: DictConfig) -> tuple[TaskData, Encoder]:
+    """Data, and an encoder whose tokenizer it has been checked against."""
     data = load_task(plain(cfg.dset), cfg.paths.data_dir, cfg.seed)
     known = (*data.train, *data.validation, *data.test) if cfg.eval.ood else ()
     own = {(e.prompt, e.choices) for e in known}
@@ -252,9 +264,14 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
         data.notes.append(f"ood {name}: {len(data.ood[name])} test examples{note}")
     for note in data.notes:
         logger.info("data: %s", note)
-    llm, tokenizer = model_settings(cfg), load_tokenizer(**tokenizer_settings(cfg))
+    tokenizer = load_tokenizer(**tokenizer_settings(cfg))
     encoder = Encoder(tokenizer, cfg.dset.scoring, cfg.dset.max_length, cfg.dset.too_long)
-    data = checked(data, encoder, None)
+    return checked(data, encoder, None), encoder
+
+
+def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
+    """Data, encoder and base model; the data is checked against the tokenizer before weights are read."""
+    (data, encoder), llm = load_data(cfg), model_settings(cfg)
     dtype = resolve_dtype(cfg.dtype, world.device)
     memory = plan(cfg, world, data, encoder, dtype, llm)
     logger.info("%s", memory)
@@ -263,7 +280,7 @@ def load(cfg: DictConfig, world: World) -> tuple[TaskData, Encoder, Any]:
     if cfg.train.fsdp:  # sharding moves one layer at a time, from rank 0 to all
         device = torch.device("cpu" if world.main else "meta")
     model: Any = load_model(dtype=dtype, device=device, quantization=plain(cfg.quantization), **llm)
-    fit_tokenizer(model, tokenizer)
+    fit_tokenizer(model, encoder.tokenizer)
     return checked(data, encoder, position_limit(model)), encoder, model
 
 

@@ -173,6 +173,13 @@ def test_two_studies_in_a_folder_and_two_folders_of_a_study_are_refused(tmp_path
     run(tmp_path / "b", storage, "search.name=t")
 
 
+def test_data_that_are_not_there_are_found_before_a_study_is_made(tmp_path):
+    files = ("dset=jsonl", f"dset.train_file={tmp_path}/none.jsonl", f"dset.test_file={tmp_path}/none.jsonl")
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+        run(tmp_path / "a", *files)
+    assert not (tmp_path / "a").exists()
+
+
 def test_torchrun_is_refused_before_any_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun: start the same command several times"):

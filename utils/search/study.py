@@ -76,6 +76,7 @@ def open_study(
     sampler: BaseSampler,
     fingerprint: Mapping[str, Any],
     folder: Path,
+    alone: bool = False,
 ) -> Study:
     """Create the study, or go on with it.
 
@@ -86,6 +87,8 @@ def open_study(
         sampler: Proposes trials.
         fingerprint: Flat settings that must be those the study began with.
         folder: Where the study works, and no other.
+        alone: Whether no other process works on it. Then it may have other settings after all, but for its objectives,
+            if all of its trials have failed: what was wrong with them is put right.
 
     Raises:
         ValueError: If the study began with other settings or in another folder, or if the folder holds another study.
@@ -98,7 +101,9 @@ def open_study(
     check_place(folder, location, name, known.get(name))
     later = {key: value for key, value in fingerprint.items() if key in NOT_ALWAYS_RECORDED}
     begun = later | known.get(name, {}).get(FINGERPRINT, fingerprint)
-    if others := differing(begun, fingerprint):
+    others = differing(begun, fingerprint)
+    kept = "search.objectives"
+    if others and not (alone and begun[kept] == fingerprint[kept] and _has_failed(storage, name)):
         remedy = "go on with the settings there, or use another search.name and paths.output_dir"
         raise ValueError(f"study {name} began otherwise: {', '.join(others)}; {remedy}")
     study = optuna.create_study(
@@ -108,6 +113,11 @@ def open_study(
         study.set_user_attr(FINGERPRINT, dict(fingerprint))
     keep_place(folder, location, study)
     return study
+
+
+def _has_failed(storage: str | BaseStorage, name: str) -> bool:
+    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+    return bool(trials) and all(trial.state == TrialState.FAIL for trial in trials)
 
 
 def load_compared(location: str, objectives: Sequence[str]) -> Study:
@@ -144,6 +154,11 @@ class Worker:
         with (self.folder / "opening").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def is_only(self) -> bool:
+        """Whether no other process works on the study."""
+        others = [path.name for path in self.folder.glob("?" * len(self.name)) if path.name != self.name]
+        return not any(map(self._is_alive, others))
 
     def close(self) -> None:
         """Leave the study."""
@@ -202,7 +217,8 @@ def work(
         study: May be worked on by other processes.
         worker: This process.
         objective: Runs a trial; ``TrialPruned`` records it as pruned, one of ``failures`` as failed.
-        trials: Complete, pruned, failed and running ones together, but not those lost with their process.
+        trials: Complete, pruned, failed and running ones together, but not those lost with their process, nor those
+            that had failed before when nothing had come of any.
         seconds: Wall-clock time of this process.
         max_failures: RuntimeError after so many failures in a row, with the last one's message.
         failures: Errors that fail one trial only.
@@ -210,9 +226,11 @@ def work(
     """
     deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
     in_a_row = 0
+    before = study.get_trials(deepcopy=False)
+    in_vain = len(before) if all(t.state == TrialState.FAIL for t in before) else 0
     while time.monotonic() < deadline:
         worker.running_elsewhere(study)
-        counted = [t for t in study.get_trials(deepcopy=False) if not is_lost(t)]
+        counted = [t for t in study.get_trials(deepcopy=False)[in_vain:] if not is_lost(t)]
         if trials is not None and len(counted) >= trials:
             return
         trial = study.ask()

@@ -31,10 +31,12 @@ def objective(trial: optuna.Trial) -> list[float]:
     return [x, x * y]
 
 
-def open_at(folder: Path, worker: Worker, kind: str = "random", seed: int = 0, **begun: Any) -> optuna.Study:
+def open_at(
+    folder: Path, worker: Worker, kind: str = "random", seed: int = 0, alone: bool = False, **begun: Any
+) -> optuna.Study:
     sampler = NumberedSampler(kind, seed, 3, worker.name)
     settings = {"search.objectives": OBJECTIVES} | begun
-    return open_study(str(folder / "journal.log"), "s", OBJECTIVES, sampler, settings, folder)
+    return open_study(str(folder / "journal.log"), "s", OBJECTIVES, sampler, settings, folder, alone)
 
 
 def run(study, worker, trials, function=objective, seconds=None, max_failures=None, said=None):
@@ -98,6 +100,28 @@ def test_failures_in_a_row_end_the_study(tmp_path):
     with pytest.raises(RuntimeError, match="2 trials in a row failed, the last with: no such file"):
         run(study, worker, 9, broken, max_failures=2)
     assert len(study.trials) == 2
+
+
+def test_a_study_of_failures_alone_goes_on_with_what_was_wrong_put_right(tmp_path):
+    def broken(trial: optuna.Trial) -> list[float]:
+        raise ValueError("no such file")
+
+    worker = Worker(tmp_path)
+    run(open_at(tmp_path, worker, file="a"), worker, 2, broken)
+    other = Worker(tmp_path)
+    assert not worker.is_only()
+    other.close()
+    assert worker.is_only()
+    with pytest.raises(ValueError, match="study s began otherwise: file is 'a' there and 'b' now"):
+        open_at(tmp_path, worker, file="b")
+    with pytest.raises(ValueError, match=r"study s began otherwise: .*search\.objectives"):
+        open_at(tmp_path, worker, alone=True, **{"search.objectives": ["nll"]})
+    run(study := open_at(tmp_path, worker, alone=True, file="b"), worker, 2)
+    assert [p.number for p in points_of(study)] == [2, 3], "failures in vain are not counted"
+    run(study := open_at(tmp_path, worker, file="b"), worker, 2)
+    assert len(study.trials) == 4
+    with pytest.raises(ValueError, match="study s began otherwise: file is 'b' there and 'a' now"):
+        open_at(tmp_path, worker, alone=True, file="a")
 
 
 def test_failures_between_successes_are_not_in_a_row(tmp_path):
