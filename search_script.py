@@ -30,9 +30,10 @@ from pipeline import evaluation
 from pipeline.processes import DEAD_WORKER, processes
 from pipeline.run import CONFIGS, prepare, rehearse
 from pipeline.training import train
-from train_script import DEBUG, USER_ERRORS, execute, launch, refuse
+from train_script import COMMAND, DEBUG, USER_ERRORS, execute, launch, refuse
 from utils.distributed import started_several
 from utils.locks import try_lock
+from utils.run import write_text_atomic
 from utils.search.analysis import hypervolume_curves, importances
 from utils.search.experiment import experiment_of, write_experiment
 from utils.search.figures import plot_search
@@ -85,6 +86,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
         with worker.alone():
             place = (settings.storage, settings.name, settings.objectives)
             study = open_study(*place, sampler, begun, folder, alone=worker.is_only())
+            write_text_atomic(folder / COMMAND, OmegaConf.to_yaml(list(arguments)))
         budget = {key: settings[key] for key in ("trials", "seconds", "max_failures")}
 
         def objective(trial: optuna.Trial) -> list[float]:

@@ -28,24 +28,28 @@ from pipeline.evaluation import finish
 from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import train
 from utils.distributed import started_several
-from utils.run import METRICS_FILE, environment_record, write_json_atomic
+from utils.run import METRICS_FILE, environment_record, write_json_atomic, write_text_atomic
 from utils.settings import key_of, one_line
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
-NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null")
-"""Hydra writes nothing with these. Its folder is named by the time, which is another in every process."""
+NO_FOLDER = "hydra.run.dir=."
+"""Hydra makes no folder with this. The run's is named by the time, which is another in every process."""
+COMMAND = ".hydra/overrides.yaml"
+"""Where Hydra itself would write the arguments, before the folder is known to be the run's."""
 USER_ERRORS = (
     *(ValueError, OSError, RuntimeError, MemoryError, FloatingPointError),
     *(OmegaConfBaseException, HydraException),
 )
 
 
-def execute(cfg: DictConfig) -> Run:
-    """Prepare, train and finish one run."""
+def execute(cfg: DictConfig, command: Sequence[str] | None = None) -> Run:
+    """Prepare, train and finish one run; its folder keeps the arguments of the command that made it, if given."""
     run = prepare(cfg)
     watch_interrupts(run)
     if run.world.main:
         OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
+        if command is not None:
+            write_text_atomic(run.folder / COMMAND, OmegaConf.to_yaml(list(command)))
         write_json_atomic(run.folder / "environment.json", environment_record())
     try:
         step = train(run)
@@ -69,11 +73,12 @@ def watch_interrupts(run: Run) -> None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Entry point: one clear line and a non-zero exit code for anything a user can put right."""
-    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    hydra_config = HydraConfig.get() if HydraConfig.initialized() else None
+    in_sweep = hydra_config is not None and hydra_config.mode is RunMode.MULTIRUN
     if in_sweep and cfg.resume and not (Path(cfg.paths.output_dir) / METRICS_FILE).exists():
         cfg.resume = False  # a sweep that goes on comes to jobs that had not begun
     try:
-        execute(cfg)
+        execute(cfg, hydra_config.overrides.task if hydra_config else None)
     except KeyboardInterrupt as stop:
         remedy = f"; go on with the same command and resume=true paths.output_dir={cfg.paths.output_dir}"
         resumable = (Path(cfg.paths.output_dir) / "checkpoint").exists()
@@ -86,9 +91,7 @@ def main(cfg: DictConfig) -> None:
 
 def refuse(error: BaseException) -> NoReturn:
     """Exit with an error in one line; a folder that Hydra has made for a run that did not begin goes."""
-    made = HydraConfig.get()
-    if made.output_subdir is not None:
-        withdraw(Path(made.runtime.output_dir), made.output_subdir)
+    withdraw(Path(HydraConfig.get().runtime.output_dir))
     sys.exit(one_line(error, CONFIGS))
 
 
@@ -108,7 +111,7 @@ def launch(application: Callable[[], None]) -> None:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if started_several() and os.environ.get("RANK", "0") != "0":
-        sys.argv += NO_FOLDER
+        sys.argv.append(NO_FOLDER)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
         check_sweep(sys.argv[1:])

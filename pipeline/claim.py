@@ -58,12 +58,12 @@ def claim(folder: Path) -> Claim | None:
     return _HELD.setdefault(path, Claim(lock))
 
 
-def withdraw(folder: Path, hydra: str) -> None:
-    """Remove a folder that holds nothing of a run: only Hydra's own folder of that name, and maybe this process's lock.
+def withdraw(folder: Path) -> None:
+    """Remove a folder that holds nothing of a run, or this process's lock alone.
 
     What else there is keeps it, such as a lock of another process, or a log; so does being the working directory.
     """
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
-    ours = {hydra, LOCK} if folder.resolve() / LOCK in _HELD else {hydra}
-    if hydra in found and found <= ours and folder.resolve() != Path.cwd():
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    ours = {LOCK} if folder.resolve() / LOCK in _HELD else set[str]()
+    if found <= ours and folder.resolve() != Path.cwd():
         shutil.rmtree(folder, ignore_errors=True)

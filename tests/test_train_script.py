@@ -304,11 +304,11 @@ def test_resuming_with_another_key_names_it_and_changes_nothing(tmp_path, overri
         interrupt_after(2, patch)
         with pytest.raises(SystemExit):
             ts.main(compose(overrides()))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     message = failure(overrides("opt.lr=0.5", "resume=true"))
     assert_one_line(message)
     assert "opt.lr is 0.01 there and 0.5 now" in message
-    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_resuming_with_other_examples_is_refused(tmp_path, overrides, monkeypatch):
@@ -371,7 +371,7 @@ def test_a_run_that_cannot_start_leaves_the_one_that_it_would_replace(tmp_path, 
     assert "needs 2 steps or more" in failure(overrides("method=adalora", "overwrite=true", "train.max_steps=1"))
     start = f"train.init_adapter={tmp_path / 'run' / 'adapter'}"
     assert "overwrite=true removes train.init_adapter" in failure(overrides("method=mle", start, "overwrite=true"))
-    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_log_is_no_obstacle_to_overwriting(tmp_path, overrides):
