@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import hydra
 import transformers
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,7 +29,7 @@ from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import train
 from utils.distributed import started_several
 from utils.run import METRICS_FILE, environment_record, write_json_atomic, write_text_atomic
-from utils.settings import key_of, one_line
+from utils.settings import key_of, misread, one_line
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
 NO_FOLDER = "hydra.run.dir=."
@@ -121,7 +121,8 @@ def launch(application: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         if DEBUG:
             raise
-        sys.exit(one_line(error, CONFIGS))
+        unread = misread(sys.argv[1:]) if isinstance(error, OverrideParseException) else None
+        sys.exit(unread or one_line(error, CONFIGS))
 
 
 if __name__ == "__main__":

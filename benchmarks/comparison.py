@@ -27,6 +27,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from omegaconf import DictConfig
+
 from benchmarks import tuning
 from benchmarks.options import GOES_ON, alone_in, one_line_errors, parse, parser_of
 from benchmarks.tuning import NAMES, BySeed, Metrics, Tuning
@@ -43,7 +45,7 @@ from benchmarks.workers import (
     startable,
     tuned,
 )
-from pipeline.run import CONFIGS
+from pipeline.run import CONFIGS, rehearse
 from utils.run import write_json_atomic, write_text_atomic
 from utils.settings import check, check_types, compose, quoted
 
@@ -194,12 +196,17 @@ class Comparison(NamedTuple):
             raise ValueError(f"{EPOCHS} is what times multiplies: leave one of them out")
 
     def check_runs(self, tasks: Collection[str]) -> None:
-        """Raise ValueError for settings with which no run could be made, by any method that trains."""
-        for task, method in itertools.product(tuple(tasks)[:1], RATES):
+        """Raise ValueError for settings or data with which no run could be made, by any method that trains."""
+
+        def settings(task: str, method: str) -> DictConfig:
             job = self.final_job(task, method, Setting(RATES[method][0]), SEEDS[0])
-            cfg = compose(CONFIGS, [*job.overrides, quoted("paths.output_dir", job.folder)])
+            return compose(CONFIGS, [*job.overrides, quoted("paths.output_dir", job.folder)])
+
+        for cfg in (settings(task, method) for task in tuple(tasks)[:1] for method in RATES):
             check(cfg)
             check_types(cfg, CONFIGS)
+        for task in tasks:
+            rehearse(settings(task, "mle"))
 
     def tuning_job(self, task: str, method: str, setting: Setting, seed: int) -> Job:
         """One setting of the search with one seed."""
@@ -325,9 +332,9 @@ class Comparison(NamedTuple):
             known: ``tuning.json`` of searches made elsewhere with the same settings, whose runs are not made again.
 
         Raises:
-            ValueError: before any run: for an unknown task or rule, an override of what is compared (``VARIED``,
-                ``OWN``), a file that is no ``tuning.json`` or of other tasks, or a folder that holds runs with other
-                settings.
+            ValueError: before any run: for an unknown task or rule, data that are not there, an override of what is
+                compared (``VARIED``, ``OWN``), a file that is no ``tuning.json`` or of other tasks, or a folder that
+                holds runs with other settings.
             RuntimeError: before any run if another command makes runs in the folder; if no run on test has finished.
         """
         if unknown := [name for name in names if name not in (*GRIDS, *TASKS)]:

@@ -33,6 +33,8 @@ def bayesianize_(
         ValueError: before anything is replaced, if the model has other adapters, is not a plain LoRA model on linear
             layers, is merged, or both ways to configure are used, or a field that is not the posterior's.
     """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is no PeftModel: give it a LoRA adapter with get_peft_model first")
     name = adapter_name or model.active_adapter
     if list(model.peft_config) != [name]:
         raise ValueError(

@@ -5,9 +5,3 @@ made in the folder of another); ``processes`` makes workers for many runs at onc
 ``utils`` (data, models, run folders, processes). The entry points ``train_script.py`` and ``search_script.py`` stand on
 these.
 """
-
-import logging
-
-# Where it is installed, bitsandbytes warns at its import of a kernel it can do without, and again at every matrix
-# product in 8 bits.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

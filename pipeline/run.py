@@ -122,7 +122,7 @@ def prepare(cfg: DictConfig) -> Run:
             raise FileNotFoundError(f"resume=true, but {folder} holds no checkpoint: correct paths.output_dir")
         logger.warning("the run in %s ended before its first checkpoint: it starts afresh", folder)
     if world.main and begun and not (cfg.resume or cfg.overwrite):
-        raise FileExistsError(f"{folder} already holds a run: set resume=true, overwrite=true or paths.output_dir")
+        raise FileExistsError(f"{folder} already holds a run: set resume=true, overwrite=true or another folder")
     check_disk(folder, FREE_DISK_BYTES)
     leave_out_cudnn_attention()
     seed_all(cfg.seed)

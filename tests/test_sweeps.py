@@ -1,9 +1,11 @@
 """Sweeps (``-m``): every job trains in a folder of its own, also where several run at once."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,9 +79,20 @@ def test_one_folder_for_all_jobs_is_refused(tmp_path, overrides):
 
 
 def test_the_experiment_is_a_comparison_in_the_folder_of_the_sweep(tmp_path):
+    """Without its data none of its runs is tried."""
     own = ["hydra.sweeper.tasks=[sst2_100]", "hydra.sweeper.seconds=0", f"hydra.sweep.dir={tmp_path / 'out'}"]
     command = [sys.executable, str(SCRIPT), "experiment=benchmark_small", *own, "llm=tiny"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    started = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    done = started(command)
+    assert done.stderr.splitlines()[-1].startswith("error: no train|validation|test.jsonl in data/nyu-mll/glue/sst2")
+    assert not (tmp_path / "out").exists()
+    place = tmp_path / "data" / "nyu-mll" / "glue" / "sst2"
+    place.mkdir(parents=True)
+    for split in ("train", "validation"):
+        rows = [{"sentence": f"{split} {i}", "label": i % 2, "idx": i} for i in range(300)]
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = started([*command, "dset.scoring=choice_sum"])
     assert done.stderr.splitlines()[-1] == "error: no run on test has finished: see the lines above"
     assert "not complete: the same command goes on" in done.stdout
     assert (tmp_path / "out" / "by_nll.txt").read_text() == ""

@@ -5,7 +5,7 @@ import errno
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,18 @@ def value_of(override: str) -> Any:
     return parsed.value()
 
 
+def misread(arguments: Sequence[str]) -> str | None:
+    """What to do about the first argument of a command line that Hydra cannot read, in a line; None if it can all."""
+    for argument in (a for a in arguments if not a.startswith("-")):
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            key, is_one, value = argument.partition("=")
+            remedy = f"""quote its value twice, '{key}="{value}"'""" if is_one else "expected KEY=VALUE"
+            return f"error: {argument}: {remedy}"
+    return None
+
+
 def out_of_distribution(cfg: DictConfig, configs: Path) -> dict[str, dict[str, Any]]:
     """Settings of the data sets in ``eval.ood``, scored, limited and subsampled as the run's own.
 
@@ -317,7 +329,7 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
 
 def one_line(error: BaseException, configs: Path) -> str:
     """An error in one line; for an unknown name on the command line with its near matches in the folder ``configs``."""
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError | TypeError):
         error = error.__cause__  # what the class said of its arguments
     lack = want_of_memory(error)
     error = lack or error

@@ -14,6 +14,12 @@ from pipeline.run import CONFIGS
 from utils.settings import compose
 
 
+@pytest.fixture(autouse=True)
+def _data_are_there(monkeypatch):
+    """Nothing here comes to read them."""
+    monkeypatch.setattr(comparison, "rehearse", lambda cfg: None)
+
+
 def found(**by_rate: tuple[float, float]) -> dict[Setting, dict[str, float]]:
     """{"r1em3": (nll, acc)} as metrics by setting."""
     return {

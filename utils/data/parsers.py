@@ -162,9 +162,11 @@ def jsonl(row: Row, identifier: str) -> Question:
     `id`, `category` and `group` (of rows that a carve must not separate) are optional. A row without an answer is one
     whose label is hidden.
     """
-    choices = row.get("choices")
+    if "choices" not in row:
+        raise DataError(f"no key choices, only {', '.join(sorted(row)) or 'none'}: rename the one that holds them")
+    choices = row["choices"]
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise DataError(f"choices {choices!r} is not a list of texts")
+        raise DataError(f"choices {choices!r} is not a list of texts with something in each")
     options = tuple(choice.strip() for choice in choices)
     if len(set(options)) < len(options):
         raise DataError(f"two choices of {list(options)} are the same")
@@ -184,6 +186,8 @@ def _answer(answer: Any, options: tuple[str, ...]) -> int | None:
     letters = string.ascii_uppercase[: len(options)]
     if answer is None or answer == "":
         return None
+    if isinstance(answer, float) and answer.is_integer():  # as pandas writes integers of a column with gaps
+        answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return answer
     if isinstance(answer, str):

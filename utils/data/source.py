@@ -40,7 +40,8 @@ def read_jsonl(file: Path) -> Rows:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise DataError(f"{file}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
+                remedy = "unpack it" if line.startswith(b"\x1f\x8b") else "save the file as UTF-8"
+                raise DataError(f"{file}:{number}: not UTF-8 ({error.reason}): {remedy}") from error
             except (ValueError, RecursionError) as error:  # also of numbers too long and of lists nested too deep
                 why = getattr(error, "msg", str(error))
                 raise DataError(f"{file}:{number}: not valid JSON ({why}): every line is an object") from error

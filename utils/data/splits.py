@@ -107,9 +107,10 @@ def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[li
             break
         chosen.update(groups[group_of[i]])
     if len(chosen) == len(questions):
+        remedy = "lower it, or add a file" if len(groups) > 1 else "name a file for one (dset.validation_file)"
         raise DataError(
             f"train has {len(questions)} questions from {len(groups)} sources, of which a validation split with "
-            f"dset.validation_fraction={fraction} would take all: lower it, or add a file"
+            f"dset.validation_fraction={fraction} would take all: {remedy}"
         )
     rest = [question for i, question in enumerate(questions) if i not in chosen]
     return rest, [question for i, question in enumerate(questions) if i in chosen]

@@ -14,9 +14,10 @@ import optuna
 from optuna import Study, Trial, TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from utils.locks import try_lock
 from utils.search.place import check_place, keep_place
@@ -32,14 +33,18 @@ NAMELESS_SECONDS = 60
 """A running trial that after so long bears no worker's name was lost in its first moment."""
 
 
-def open_storage(location: str) -> str | BaseStorage:
-    """A URL as Optuna takes it, or a journal file.
+def open_storage(location: str) -> BaseStorage:
+    """A database, by a URL as Optuna takes it, or a journal file.
 
     Raises:
-        ValueError: If a line of the file is damaged.
+        ValueError: If a line of the file is damaged, or no database can be opened there.
     """
     if "://" in location:
-        return location
+        try:
+            return get_storage(location)
+        except (SQLAlchemyError, ImportError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{location} cannot be opened ({why}): correct the URL, or name a journal file") from error
     Path(location).parent.mkdir(parents=True, exist_ok=True)
     try:
         return JournalStorage(JournalFileBackend(location))
@@ -115,7 +120,7 @@ def open_study(
     return study
 
 
-def _has_failed(storage: str | BaseStorage, name: str) -> bool:
+def _has_failed(storage: BaseStorage, name: str) -> bool:
     trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
     return bool(trials) and all(trial.state == TrialState.FAIL for trial in trials)
 

@@ -151,6 +151,16 @@ def test_a_study_goes_on_after_a_disk_was_full_in_the_middle_of_a_line(tmp_path)
         open_at(tmp_path, worker)
 
 
+@pytest.mark.parametrize(
+    ("location", "why"),
+    [("sqlite:////nowhere/at/all.db", "unable to open database file"), ("foo://bar", "sqlalchemy.dialects:foo")],
+)
+def test_a_database_that_cannot_be_opened_is_one_line(location, why):
+    with pytest.raises(ValueError, match=rf"^{location} cannot be opened \(.*{why}.*\): correct the URL") as error:
+        open_storage(location)
+    assert "\n" not in str(error.value)
+
+
 def test_a_trial_that_has_just_begun_and_names_no_process_is_left_alone(tmp_path, monkeypatch):
     """Between the moment a process asks for a trial and the moment it signs it."""
     worker = Worker(tmp_path)
