@@ -7,6 +7,7 @@ main -> prepare -> train -> finish (``pipeline``). A *run* owns everything that 
 *sample* is drawn by ``method.sample`` once per forward pass and lives until its context ends.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ from pipeline.training import train
 from utils.distributed import started_several
 from utils.run import METRICS_FILE, environment_record, write_json_atomic, write_text_atomic
 from utils.settings import key_of, misread, one_line
+
+logger = logging.getLogger("train")
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
 NO_FOLDER = "hydra.run.dir=."
@@ -73,12 +76,13 @@ def watch_interrupts(run: Run) -> None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Entry point: one clear line and a non-zero exit code for anything a user can put right."""
-    hydra_config = HydraConfig.get() if HydraConfig.initialized() else None
-    in_sweep = hydra_config is not None and hydra_config.mode is RunMode.MULTIRUN
-    if in_sweep and cfg.resume and not (Path(cfg.paths.output_dir) / METRICS_FILE).exists():
-        cfg.resume = False  # a sweep that goes on comes to jobs that had not begun
+    made = HydraConfig.get() if HydraConfig.initialized() else None
+    if made is not None and made.mode is RunMode.MULTIRUN:
+        logger.info("job in %s: %s", cfg.paths.output_dir, " ".join(made.overrides.task))
+        if cfg.resume and not (Path(cfg.paths.output_dir) / METRICS_FILE).exists():
+            cfg.resume = False  # a sweep that goes on comes to jobs that had not begun
     try:
-        execute(cfg, hydra_config.overrides.task if hydra_config else None)
+        execute(cfg, made.overrides.task if made else None)
     except KeyboardInterrupt as stop:
         remedy = f"; go on with the same command and resume=true paths.output_dir={cfg.paths.output_dir}"
         resumable = (Path(cfg.paths.output_dir) / "checkpoint").exists()

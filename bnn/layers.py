@@ -106,7 +106,7 @@ class InducingFactor(nn.Module):
                 initial = _mean_start(spec, weight.detach().float().cpu(), d_init, log_prior_sd, generator)
             loc, unit = initial.pop("loc"), initial.pop("unit")
             if not 0 < float(unit) < math.inf:
-                raise ValueError(f"mean_gain={mean_gain} or prior_sd starts a mean beyond float32: choose it nearer 1")
+                raise ValueError("with these values the mean is not finite in float32, or 0: stay nearer the defaults")
             self.register_buffer("W_unit", unit * math.exp(log_prior_sd))
             for name, value in (initial | spec.make_family().init(loc, q_sd / float(unit))).items():
                 self._own(name, value, True)
@@ -119,7 +119,7 @@ class InducingFactor(nn.Module):
 
     def _own(self, name: str, value: Tensor, learned: bool) -> None:
         if not value.isfinite().all():
-            raise ValueError(f"{name} would not be finite in float32: its initial value is too near a bound")
+            raise ValueError(f"with these values {name} is not finite in float32: stay nearer the defaults")
         if learned:
             self.register_parameter(name, nn.Parameter(value))
         else:

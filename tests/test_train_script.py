@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import gzip
 import itertools
 import json
 import logging
@@ -962,7 +963,14 @@ def assert_one_line(message: str) -> None:
         ("llm.name_or_path=no/such inducing.inducing_rows=0", "inducing sizes must be at least 1"),
         ("inducing.mean_gain=-1", "mean_gain=-1: expected a finite number above 0"),
         ("method=temperature method.factory.maximum=1", "^error: method.factory.maximum=1 must be greater than 1"),
-        ("inducing.prior_sd=1e300", "with these values of inducing a posterior is not finite"),
+        (
+            "paths.data_dir=~/data",
+            """^error: paths.data_dir=~/data: quote its value twice, 'paths.data_dir="~/data"'$""",
+        ),
+        ("dset.prompt_label={text}", "dset.prompt_label={text}: quote its value twice"),
+        ("seed", "^error: seed: expected KEY=VALUE$"),
+        ("+method.factory.foo=1", r"^error: SGP.__init__\(\) got an unexpected keyword argument 'foo'$"),
+        ("inducing.prior_sd=1e300", "with these values .* is not finite in float32.*: stay nearer the defaults"),
         ("inducing.flow_depth=1 inducing.flow_hidden=0", "inducing.flow_hidden=0: expected a whole number, at least 1"),
         (
             "inducing.init_seed=99999999999",
@@ -1018,6 +1026,10 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, overrides):
         ("{not json", "not valid JSON"),
         ('{"question": "x"}', "choices"),
         ('{"question": "x", "choices": [], "answer": 0}', r"choices [] is not a list of texts"),
+        (
+            '{"question": "x", "Choices": ["a"]}',
+            "no key choices, only Choices, question: rename the one that holds them",
+        ),
     ):
         file.write_text("\n".join([*lines[:2], broken, *lines[3:]]) + "\n")
         message = failure(overrides())
@@ -1049,6 +1061,8 @@ def test_text_files_of_other_systems(tmp_path, overrides):
     assert len(prepare(compose(overrides())).data.train) == 12
     file.write_bytes(text.replace("0", "\xe9", 1).encode("latin-1"))
     assert f"{file}:1: not UTF-8" in failure(overrides(folder="other"))
+    file.write_bytes(gzip.compress(text.encode()))
+    assert failure(overrides(folder="other")).endswith(": unpack it")
 
 
 def test_an_adapter_of_other_base_weights_is_a_start_with_a_warning(tmp_path, overrides, caplog):

@@ -106,9 +106,7 @@ def check_posterior(posterior: dict[str, Any]) -> None:
     try:
         config = SGPLoraConfig(**posterior)
         for sd, zero_start in ((config.prior_sd, False), (config.prior_sd_b, True)):
-            factor = config.make_factor(torch.ones(2, 2), sd, zero_start, torch.Generator())
-            if not all(t.isfinite().all() for t in factor.tensors().values()):
-                raise OverflowError
+            config.make_factor(torch.ones(2, 2), sd, zero_start, torch.Generator())
     except ArithmeticError:
         raise ValueError("with these values of inducing a posterior is not finite: stay nearer the defaults") from None
     except TypeError as error:

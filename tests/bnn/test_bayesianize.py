@@ -129,6 +129,8 @@ def test_inducing_sizes_below_the_rank_warn(sizes, make_lora):
 def test_refuses_what_it_cannot_replace(make_lora, make_llama, make_adapted):
     with pytest.raises(ValueError, match=r"'default' is SGPLoraConfig, not plain LoRA"):
         bnn.bayesianize_(make_adapted())
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no PeftModel: give it a LoRA adapter"):
+        bnn.bayesianize_(make_llama())
     with pytest.raises(ValueError, match=r"\['default'\].*'other' was asked for"):
         bnn.bayesianize_(make_lora(), adapter_name="other")
     two = make_lora()

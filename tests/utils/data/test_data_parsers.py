@@ -29,6 +29,7 @@ ROWS = [
     ("qqp", {"question1": "s", "question2": "t", "label": 0}, 0, ()),
     ("mnli", {"premise": "s", "hypothesis": "t", "label": 2}, 2, ()),
     ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 1}, 1, ("x", "y")),
+    ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 1.0}, 1, ("x", "y")),
     ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": "b"}, 1, ("x", "y")),
     ("jsonl", {"question": "q", "choices": ["B", "A"], "answer": "A"}, 1, ("B", "A")),
     ("jsonl", {"question": "q", "choices": ["x", "y"]}, None, ("x", "y")),
@@ -71,6 +72,8 @@ BAD = [
     ("jsonl", {"question": "q", "choices": "xy", "answer": 0}, "not a list"),
     ("jsonl", {"question": "q", "choices": ["x", "x"], "answer": 0}, "the same"),
     ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 2}, "answer 2"),
+    ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 0.5}, "answer 0.5"),
+    ("jsonl", {"question": "q", "choices": ["x", ""], "answer": 0}, "with something in each"),
     ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": "C"}, "answer 'C'"),
     ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": True}, "answer True"),
 ]

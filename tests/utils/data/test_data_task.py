@@ -101,9 +101,11 @@ def test_a_carve_of_single_questions_is_a_seeded_draw():
 def test_a_carve_needs_more_than_one_source():
     questions = [Question(str(i), {}, (), 0, group="one") for i in range(10)]
     with pytest.raises(
-        DataError, match=r"10 questions from 1 sources, .*dset.validation_fraction=0.3 would take all: lower it"
+        DataError, match=r"10 questions from 1 sources, .*dset.validation_fraction=0.3 would take all: name a file"
     ):
         carve(questions, 0.3, seed=0)
+    with pytest.raises(DataError, match=r"11 questions from 2 sources, .*would take all: lower it, or add a file"):
+        carve([*questions, Question("x", {}, (), 0)], 0.99, seed=0)
 
 
 def test_no_labelled_split_to_test_on(full, write_rows):
