@@ -81,8 +81,12 @@ def main(cfg: DictConfig) -> None:
         logger.info("job in %s: %s", cfg.paths.output_dir, " ".join(made.overrides.task))
         if cfg.resume and not (Path(cfg.paths.output_dir) / METRICS_FILE).exists():
             cfg.resume = False  # a sweep that goes on comes to jobs that had not begun
+    command = list(made.overrides.task) if made else None
+    unread = [] if "posterior" in cfg.method.factory else [a for a in command or () if key_of(a).startswith("inducing")]
+    if unread:
+        logger.warning("method=%s does not read %s", cfg.method.name, " ".join(unread))
     try:
-        execute(cfg, made.overrides.task if made else None)
+        execute(cfg, command)
     except KeyboardInterrupt as stop:
         remedy = f"; go on with the same command and resume=true paths.output_dir={cfg.paths.output_dir}"
         resumable = (Path(cfg.paths.output_dir) / "checkpoint").exists()

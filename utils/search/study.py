@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,8 @@ def open_storage(location: str) -> BaseStorage:
             return get_storage(location)
         except (SQLAlchemyError, ImportError) as error:
             why = str(error).partition("\n")[0]
-            raise ValueError(f"{location} cannot be opened ({why}): correct the URL, or name a journal file") from error
+            shown = re.sub("://[^/@]*@", "://***@", location)
+            raise ValueError(f"{shown} cannot be opened ({why}): correct the URL, or name a journal file") from error
     Path(location).parent.mkdir(parents=True, exist_ok=True)
     try:
         return JournalStorage(JournalFileBackend(location))
