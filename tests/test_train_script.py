@@ -1094,6 +1094,12 @@ def test_a_run_without_steps_that_was_killed_starts_afresh(tmp_path, overrides, 
     assert "holds no checkpoint" in message, "steps of training would be made"
 
 
+@pytest.mark.parametrize(("method", "warned"), [("mle", True), ("sgp", False)])
+def test_a_posterior_that_the_method_does_not_have_is_a_warning(overrides, capsys, method, warned):
+    failure(overrides(f"method={method}", "inducing.prior_sd_b=9", "peft.target_modules=[nope]"))
+    assert (f"method={method} does not read inducing.prior_sd_b=9" in capsys.readouterr().out) == warned
+
+
 def test_an_adapter_on_all_linear_layers_is_a_start_for_the_same_setting(tmp_path, overrides, caplog):
     execute(overrides("peft.target_modules=all-linear", "train.max_steps=1", folder="sgp"))
     start = (f"train.init_adapter={tmp_path / 'sgp' / 'adapter'}", "train.epochs=0")
