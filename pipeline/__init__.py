@@ -5,3 +5,7 @@ made in the folder of another); ``processes`` makes workers for many runs at onc
 ``utils`` (data, models, run folders, processes). The entry points ``train_script.py`` and ``search_script.py`` stand on
 these.
 """
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in ``bnn``, which PEFT is imported before here
