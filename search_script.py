@@ -30,10 +30,9 @@ from pipeline import evaluation
 from pipeline.processes import DEAD_WORKER, processes
 from pipeline.run import CONFIGS, prepare, rehearse
 from pipeline.training import train
-from train_script import COMMAND, DEBUG, USER_ERRORS, execute, launch, refuse
+from train_script import DEBUG, USER_ERRORS, execute, keep_command, launch, refuse
 from utils.distributed import started_several
 from utils.locks import try_lock
-from utils.run import write_text_atomic
 from utils.search.analysis import hypervolume_curves, importances
 from utils.search.experiment import experiment_of, write_experiment
 from utils.search.figures import plot_search
@@ -44,7 +43,7 @@ from utils.search.selection import Point, pareto_front, select
 from utils.search.settings import check_search, training_overrides
 from utils.search.space import Space, first_values, overrides_of, read_space, suggest
 from utils.search.study import METRICS, REASON, VALUES, Worker, load_compared, open_study, points_of, work
-from utils.settings import check, compose, differing, fingerprint, flat, one_line, plain
+from utils.settings import check, compose, differing, fingerprint, flat, one_line, plain, unread
 
 logger = logging.getLogger("search")
 
@@ -69,10 +68,9 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
     values = first_values(space)  # what no trial could run is found before anything is written
     first = settings_of(base, values)
     rehearse(first)
-    unread = [] if "posterior" in first.method.factory else [key for key in values if key.startswith("inducing.")]
-    if unread:
+    if vain := unread(first, values):
         raise ValueError(
-            f"search.space has {unread[0]}, which method={first.method.name} does not read: add "
+            f"search.space has {vain[0]}, which method={first.method.name} does not read: add "
             "~search.space.inducing, or choose another search_space"
         )
     if settings.select.rules:
@@ -86,7 +84,7 @@ def search(cfg: DictConfig, arguments: Sequence[str]) -> Path:
         with worker.alone():
             place = (settings.storage, settings.name, settings.objectives)
             study = open_study(*place, sampler, begun, folder, alone=worker.is_only())
-            write_text_atomic(folder / COMMAND, OmegaConf.to_yaml(list(arguments)))
+            keep_command(folder, arguments)
         budget = {key: settings[key] for key in ("trials", "seconds", "max_failures")}
 
         def objective(trial: optuna.Trial) -> list[float]:

@@ -30,15 +30,13 @@ from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import train
 from utils.distributed import started_several
 from utils.run import METRICS_FILE, environment_record, write_json_atomic, write_text_atomic
-from utils.settings import key_of, misread, one_line
+from utils.settings import key_of, misread, one_line, unread
 
 logger = logging.getLogger("train")
 
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
 NO_FOLDER = "hydra.run.dir=."
 """Hydra makes no folder with this. The run's is named by the time, which is another in every process."""
-COMMAND = ".hydra/overrides.yaml"
-"""Where Hydra itself would write the arguments, before the folder is known to be the run's."""
 USER_ERRORS = (
     *(ValueError, OSError, RuntimeError, MemoryError, FloatingPointError),
     *(OmegaConfBaseException, HydraException),
@@ -52,7 +50,7 @@ def execute(cfg: DictConfig, command: Sequence[str] | None = None) -> Run:
     if run.world.main:
         OmegaConf.save(cfg, run.folder / "config.yaml", resolve=True)
         if command is not None:
-            write_text_atomic(run.folder / COMMAND, OmegaConf.to_yaml(list(command)))
+            keep_command(run.folder, command)
         write_json_atomic(run.folder / "environment.json", environment_record())
     try:
         step = train(run)
@@ -61,6 +59,11 @@ def execute(cfg: DictConfig, command: Sequence[str] | None = None) -> Run:
     finish(run, step)
     run.world.close()
     return run
+
+
+def keep_command(folder: Path, arguments: Sequence[str]) -> None:
+    """Write the arguments to where Hydra itself would, before the folder is known to be the command's."""
+    write_text_atomic(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(arguments)))
 
 
 def watch_interrupts(run: Run) -> None:
@@ -82,9 +85,9 @@ def main(cfg: DictConfig) -> None:
         if cfg.resume and not (Path(cfg.paths.output_dir) / METRICS_FILE).exists():
             cfg.resume = False  # a sweep that goes on comes to jobs that had not begun
     command = list(made.overrides.task) if made else None
-    unread = [] if "posterior" in cfg.method.factory else [a for a in command or () if key_of(a).startswith("inducing")]
-    if unread:
-        logger.warning("method=%s does not read %s", cfg.method.name, " ".join(unread))
+    given = {key_of(argument): argument for argument in command or ()}
+    if vain := unread(cfg, given):
+        logger.warning("method=%s does not read %s", cfg.method.name, " ".join(given[key] for key in vain))
     try:
         execute(cfg, command)
     except KeyboardInterrupt as stop:
@@ -129,8 +132,8 @@ def launch(application: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         if DEBUG:
             raise
-        unread = misread(sys.argv[1:]) if isinstance(error, OverrideParseException) else None
-        sys.exit(unread or one_line(error, CONFIGS))
+        misreading = misread(sys.argv[1:]) if isinstance(error, OverrideParseException) else None
+        sys.exit(misreading or one_line(error, CONFIGS))
 
 
 if __name__ == "__main__":

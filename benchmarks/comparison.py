@@ -45,9 +45,9 @@ from benchmarks.workers import (
     startable,
     tuned,
 )
-from pipeline.run import CONFIGS, rehearse
+from pipeline.run import CONFIGS, check_settings, rehearse
 from utils.run import write_json_atomic, write_text_atomic
-from utils.settings import check, check_types, compose, quoted
+from utils.settings import compose, quoted
 
 TUNING_SEEDS = (100, 101, 102)
 """The first screens all settings, the others only finalists."""
@@ -202,9 +202,8 @@ class Comparison(NamedTuple):
             job = self.final_job(task, method, Setting(RATES[method][0]), SEEDS[0])
             return compose(CONFIGS, [*job.overrides, quoted("paths.output_dir", job.folder)])
 
-        for cfg in (settings(task, method) for task in tuple(tasks)[:1] for method in RATES):
-            check(cfg)
-            check_types(cfg, CONFIGS)
+        for task, method in itertools.product(tuple(tasks)[:1], RATES):
+            check_settings(settings(task, method))
         for task in tasks:
             rehearse(settings(task, "mle"))
 

@@ -272,7 +272,7 @@ class InducingFactor(nn.Module):
 
 def _is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return posterior.in_function_transform() or forward_ad._current_level >= 0
 
 
 def _stay_in_float32(factor: nn.Module, _: Any) -> None:

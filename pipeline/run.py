@@ -103,10 +103,8 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
 
 def prepare(cfg: DictConfig) -> Run:
     """Check everything that can be checked cheaply, then load data, tokenizer and model, in this order."""
-    check(cfg)
-    check_types(cfg, CONFIGS)
-    if (start := cfg.train.init_adapter) is not None:
-        check_adapter(str(start))
+    check_settings(cfg)
+    start = cfg.train.init_adapter
     world = World(resolve_device(cfg.device))
     folder = Path(world.gather(cfg.paths.output_dir)[0])  # the main process's: its name may hold a time
     if not world.main:
@@ -158,6 +156,14 @@ def steps_unneeded(cfg: DictConfig, method: Method, folder: Path) -> bool:
     """Whether neither this run nor that before in the folder has a step of training, so that a kill costs none."""
     trained = any(record["kind"] == "train" for record in read_metrics(folder))
     return not trained and not (method.trains and cfg.train.epochs)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Check the settings by themselves, and that there is an adapter to start from; see those for the errors raised."""
+    check(cfg)
+    check_types(cfg, CONFIGS)
+    if (start := cfg.train.init_adapter) is not None:
+        check_adapter(str(start))
 
 
 def check_adapter(start: str) -> None:
@@ -242,10 +248,7 @@ def rehearse(cfg: DictConfig) -> None:
 
     For commands that make many runs, none of which could begin.
     """
-    check(cfg)
-    check_types(cfg, CONFIGS)
-    if (start := cfg.train.init_adapter) is not None:
-        check_adapter(str(start))
+    check_settings(cfg)
     load_data(cfg)
 
 

@@ -107,17 +107,16 @@ def read_csv(path: str | Path) -> list[Row]:
 
 
 def _read_csv(path: str | Path) -> list[Row]:
-    fields = dataclasses.fields(Row)
     rows = []
     with Path(path).open(encoding="utf-8-sig", newline="") as file:  # with a mark, as spreadsheets save it
         reader = csv.DictReader(file)
-        known = (*(reader.fieldnames or ()), *LATER)
-        if missing := [field.name for field in fields if field.name not in known]:
+        there = reader.fieldnames or ()
+        if missing := [field.name for field in dataclasses.fields(Row) if field.name not in (*there, *LATER)]:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}: name a results.csv that a report wrote")
+        fields = [field for field in dataclasses.fields(Row) if field.name in there]
         for number, values in enumerate(reader, start=2):
             try:
-                own = [field for field in fields if field.name in values]
-                rows.append(Row(**{field.name: _parse(field.type, values[field.name]) for field in own}))
+                rows.append(Row(**{field.name: _parse(field.type, values[field.name]) for field in fields}))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} line {number} is no row of results: {error}; correct or delete it") from error
     if not rows:

@@ -5,7 +5,7 @@ import errno
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,11 @@ def value_of(override: str) -> Any:
     if parsed.is_sweep_override():
         raise ValueError(f"{override}: expected one value")
     return parsed.value()
+
+
+def unread(cfg: DictConfig, keys: Iterable[str]) -> list[str]:
+    """Those of the keys that the method does not read: of a posterior, where it has none."""
+    return [] if "posterior" in cfg.method.factory else [key for key in keys if key.partition(".")[0] == "inducing"]
 
 
 def misread(arguments: Sequence[str]) -> str | None:

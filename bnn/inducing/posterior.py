@@ -134,6 +134,11 @@ def mean(spec: FactorSpec, tensors: Tensors, flow: InducingFlow | None) -> Tenso
     return prior_sd_of(tensors)[:, None, None] * conditional_mean(V, rows, cols)
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _noise_of_mean(spec: FactorSpec, Z_r: Tensor) -> Tensor:
     """Fixed draws whose average under a flow is the mean, (S, n, m_r, m_c): of point masses one for each."""
     shape = (len(Z_r), spec.m_r, spec.m_c)
@@ -141,8 +146,7 @@ def _noise_of_mean(spec: FactorSpec, Z_r: Tensor) -> Tensor:
         chosen = torch.special.ndtri((torch.arange(spec.members, dtype=torch.float64) + 0.5) / spec.members)
         return chosen.to(Z_r)[:, None, None, None].expand(-1, *shape)
     generator = torch.Generator().manual_seed(0)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    with torch._C._DisableFuncTorch() if transformed else nullcontext():  # vmap allows no random numbers
+    with torch._C._DisableFuncTorch() if in_function_transform() else nullcontext():  # vmap allows no random numbers
         half = torch.randn(MEAN_DRAWS // 2, *shape, generator=generator, dtype=Z_r.dtype, device="cpu")
     return torch.cat([half, -half]).to(Z_r.device)
 

@@ -108,9 +108,10 @@ def open_study(
     check_place(folder, location, name, known.get(name))
     later = {key: value for key, value in fingerprint.items() if key in NOT_ALWAYS_RECORDED}
     begun = later | known.get(name, {}).get(FINGERPRINT, fingerprint)
-    others = differing(begun, fingerprint)
     kept = "search.objectives"
-    if others and not (alone and begun[kept] == fingerprint[kept] and _has_failed(storage, name)):
+    may_differ = alone and begun[kept] == fingerprint[kept]
+    others = differing(begun, fingerprint)
+    if others and not (may_differ and _in_vain(optuna.load_study(study_name=name, storage=storage))):
         remedy = "go on with the settings there, or use another search.name and paths.output_dir"
         raise ValueError(f"study {name} began otherwise: {', '.join(others)}; {remedy}")
     study = optuna.create_study(
@@ -122,9 +123,10 @@ def open_study(
     return study
 
 
-def _has_failed(storage: BaseStorage, name: str) -> bool:
-    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-    return bool(trials) and all(trial.state == TrialState.FAIL for trial in trials)
+def _in_vain(study: Study) -> int:
+    """How many trials there are if all have failed, else 0."""
+    trials = study.get_trials(deepcopy=False)
+    return len(trials) if all(trial.state == TrialState.FAIL for trial in trials) else 0
 
 
 def load_compared(location: str, objectives: Sequence[str]) -> Study:
@@ -232,9 +234,7 @@ def work(
         say: Called with each finished trial and the reason why it was pruned or failed.
     """
     deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
-    in_a_row = 0
-    before = study.get_trials(deepcopy=False)
-    in_vain = len(before) if all(t.state == TrialState.FAIL for t in before) else 0
+    in_a_row, in_vain = 0, _in_vain(study)
     while time.monotonic() < deadline:
         worker.running_elsewhere(study)
         counted = [t for t in study.get_trials(deepcopy=False)[in_vain:] if not is_lost(t)]
