@@ -28,13 +28,10 @@ class Ensemble:
         self.members = members
 
     def init(self, loc: Tensor, sd: float) -> dict[str, Tensor]:
-        """One member sits at ``loc``; of several, each is spread by ``sd`` along fixed, distinct directions."""
-        offsets = torch.zeros(self.members, *loc.shape, dtype=loc.dtype)
-        if self.members > 1:
-            generator = torch.Generator().manual_seed(self.members)
-            offsets = sd * torch.randn(offsets.shape, generator=generator, dtype=loc.dtype)
-            offsets = offsets - offsets.mean(0)
-        return {"raw_members": loc + offsets}
+        """Members spread by ``sd`` along fixed, distinct directions whose mean is ``loc``: where one alone sits."""
+        generator = torch.Generator().manual_seed(self.members)
+        offsets = sd * torch.randn(self.members, *loc.shape, generator=generator, dtype=loc.dtype)
+        return {"raw_members": loc + (offsets - offsets.mean(0))}
 
     def sample(self, params: Params, eps: Tensor) -> Tensor:
         """A uniformly chosen member; the choice is a function of ``eps``' first entry, so it is reparametrised."""
