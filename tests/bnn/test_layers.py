@@ -145,6 +145,7 @@ def test_conversion_of_the_model_leaves_the_factor_in_float32(dtype, A, make_fac
         ({"lambda_init": 1.0}, r"lambda_init must lie in \(0, lambda_max=1.0\), got 1.0"),
         ({"lambda_init": 1 - 1e-9}, "raw_lambda is not finite in float32: stay nearer the defaults"),
         ({"q_sd": 1e-50}, "is not finite in float32"),
+        ({"log_prior_sd": -150.0}, "the mean is not finite in float32, or 0: stay nearer the defaults"),
         ({"m": (0, 3)}, "at least 1, got 0 x 3"),
     ],
 )

@@ -23,6 +23,8 @@ SPECS = {
     "no conditional noise": FactorSpec(3, 4, 2, 2, conditional_noise=False),
     "flow": FactorSpec(3, 4, 2, 2, flow_depth=2, flow_hidden=8),
     "unwhitened flow": FactorSpec(3, 4, 2, 2, flow_depth=1, flow_hidden=8, whitened=False),
+    "flow of matrix_normal": FactorSpec(3, 4, 2, 3, family="matrix_normal", flow_depth=1, flow_hidden=8),
+    "flow of full": FactorSpec(3, 4, 2, 3, family="full", flow_depth=1, flow_hidden=8),
 }
 
 

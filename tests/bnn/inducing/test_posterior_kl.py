@@ -78,7 +78,8 @@ def test_kl_of_an_identity_flow_is_the_closed_form_whatever_the_draw(family, whi
 
 
 @pytest.mark.parametrize("whitened", [True, False])
-def test_kl_estimate_under_a_flow_uses_normalised_densities(whitened, make_tensors, generator):
+@pytest.mark.parametrize("family", ["diagonal", "matrix_normal", "full"])
+def test_kl_estimate_under_a_flow_uses_normalised_densities(family, whitened, make_tensors, generator):
     """E_q[p(U) / q(U)] = 1 whatever the flow.
 
     The estimate less the base's KL plus the base's own log q_0(U_0) - log p(U_0), from torch.distributions, is
@@ -86,9 +87,11 @@ def test_kl_estimate_under_a_flow_uses_normalised_densities(whitened, make_tenso
     mean of the estimate is that of the plain log ratio, and its variance smaller.
     """
     copies = 20_000
-    spec = FactorSpec(3, 4, 1, 2, whitened=whitened, flow_depth=2, flow_hidden=8, conditional_noise=False)
+    structure = {"flow_depth": 2, "flow_hidden": 8, "conditional_noise": False}
+    spec = FactorSpec(3, 4, 1, 2, family=family, whitened=whitened, **structure)
     tensors, flow = make_tensors(spec, 1, unit=1.0 if whitened else 5.0, flow_scale=0.2)
-    tensors |= spec.make_family().init(torch.full((1, 1, 2), 0.3, dtype=torch.float64), 1.5)
+    initial = spec.make_family().init(torch.full((1, 2), 0.3, dtype=torch.float64), 1.5)
+    tensors |= {name: value[None] for name, value in initial.items()}
     many = {name: t.expand(copies, *t.shape[1:]) for name, t in tensors.items()}
     noise = noise_for(spec, copies, 1, generator)
     estimate = posterior.sample(spec, many, noise, flow).kl
