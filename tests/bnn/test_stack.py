@@ -110,6 +110,8 @@ def test_replaced_parameters_are_refused(replace, make_adapted):
         model.load_state_dict(new, strict=False, assign=True)
     with pytest.raises(RuntimeError, match="moved, replaced or stacked anew"), sampler.draw(1):
         pass
+    with pytest.raises(RuntimeError, match="moved, replaced or stacked anew"):
+        active_factors(model)[-1].mean_weight()  # with gradients, which would reach the stacked tensors
     again = Sampler(model, own=True)  # the remedy
     with again.draw(1, seeded()) as live:
         live.kl().backward()
