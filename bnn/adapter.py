@@ -56,6 +56,7 @@ class SGPLoraConfig(LoraConfig):
     d_init: float = field(default=0.3, metadata={"help": "initial D, relative to rows of Z of norm 1"})
     d_init_zero: float = field(default=0.3, metadata={"help": "initial D_r of B, whose Z_r starts at 0"})
     mean_gain: float = field(default=4.0, metadata={"help": "speed of B's mean at first, relative to LoRA's B"})
+    jitter: float = field(default=1e-6, metadata={"help": "added to the diagonal of K_r, K_c, relative to its mean"})
     init_seed: int = field(default=0, metadata={"help": "seed of the rows of Z that the initial mean leaves free"})
 
     def __post_init__(self) -> None:
@@ -71,6 +72,8 @@ class SGPLoraConfig(LoraConfig):
         for name in ("prior_sd", "prior_sd_b", "mean_gain", "q_sd", "d_init", "d_init_zero", "lambda_max"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number above 0")
+        if not 0 <= self.jitter < math.inf:
+            raise ValueError(f"jitter={self.jitter}: expected a finite number, at least 0")
         if not 0 < self.lambda_init < self.lambda_max:
             raise ValueError(f"lambda_init must lie in (0, lambda_max={self.lambda_max}), got {self.lambda_init}")
         for name, value in unsupported.items():
@@ -91,6 +94,7 @@ class SGPLoraConfig(LoraConfig):
             whitened=self.whitened,
             lambda_max=self.lambda_max,
             conditional_noise=self.conditional_noise,
+            jitter=self.jitter,
         )
 
     def make_factor(

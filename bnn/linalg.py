@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def safe_cholesky(K: Tensor, jitter: float = 1e-6) -> Tensor:
+def safe_cholesky(K: Tensor, jitter: float = 0.0) -> Tensor:
     """Cholesky factor of ``K + jitter * mean(diag K) * I`` without host synchronisation.
 
     Args:

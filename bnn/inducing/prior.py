@@ -24,7 +24,7 @@ class Frame(NamedTuple):
     """L^{-1}, shape (..., m, m)."""
 
 
-def whiten(Z: Tensor, D: Tensor, jitter: float = 1e-6) -> Frame:
+def whiten(Z: Tensor, D: Tensor, jitter: float) -> Frame:
     """Whiten one side of the prior p(vec U) = N(0, K_c (x) K_r).
 
     Args:
@@ -38,6 +38,6 @@ def whiten(Z: Tensor, D: Tensor, jitter: float = 1e-6) -> Frame:
     K = Z @ Z.mT
     variance = D.square()
     variance = variance + jitter * (K.diagonal(dim1=-2, dim2=-1) + variance).mean(-1, keepdim=True)
-    L = safe_cholesky(K + variance.diag_embed(), jitter=0.0)
+    L = safe_cholesky(K + variance.diag_embed())
     L_inv = triangular_inverse(L)
     return Frame(P=L_inv @ Z, C=L_inv * variance.sqrt()[..., None, :], L=L, L_inv=L_inv)

@@ -75,6 +75,7 @@ def test_every_structural_setting_reaches_the_factors():
         "whitened": False,
         "lambda_max": 1.5,
         "conditional_noise": False,
+        "jitter": 1e-4,
     }
     spec = SGPLoraConfig(inducing_rows=2, inducing_cols=3, **settings).factor_spec(6, 5)
     assert (spec.d_out, spec.d_in, spec.m_r, spec.m_c) == (6, 5, 2, 3)
@@ -303,6 +304,7 @@ def test_a_default_device_is_not_where_a_posterior_is_computed(make_llama):
         ({"lambda_max": float("inf")}, "lambda_max=inf: expected a finite number above 0"),
         ({"q_sd": float("inf")}, "q_sd=inf: expected a finite number above 0"),
         ({"mean_gain": float("nan")}, "mean_gain=nan: expected a finite number above 0"),
+        ({"jitter": -1e-6}, "jitter=-1e-06: expected a finite number, at least 0"),
         ({"lambda_init": 1.5}, "lambda_init must lie in"),
     ],
     ids=str,

@@ -81,14 +81,30 @@ def test_zero_start_follows_lora_over_several_steps(make_factor, generator):
 
 
 def test_too_small_inducing_matrix_warns_and_keeps_the_leading_part(A, make_factor):
-    with pytest.warns(UserWarning, match=r"3 x 6 cannot represent a weight of rank 4: .*inducing sizes >= 4"):
-        factor = make_factor(A, m=(3, 6))
     U, S, Vh = torch.linalg.svd(A)
+    message = f"3 x 6 cannot represent a weight of rank 4: relative error {S[3] / S.norm():.2g}; .*inducing sizes >= 4"
+    with pytest.warns(UserWarning, match=message):
+        factor = make_factor(A, m=(3, 6))
     best = (U[:, :3] * S[:3]) @ Vh[:3]
     torch.testing.assert_close(factor.mean_weight(), best, rtol=0, atol=2e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_factor(A, m=(4, 4))
+
+
+@pytest.mark.parametrize("start", ["mean", "zero"])
+def test_rows_that_the_mean_leaves_free_are_random_and_of_norm_d_init(start, A, make_factor):
+    """20 of them in 48 dimensions: the root of the mean of chi^2_48 / 48 is known to 2.3 %; 5 of that."""
+    weight = torch.nn.functional.pad(A, (0, 36)) if start == "mean" else None
+    factor = make_factor(weight, (R, 48), m=(4, 24), d_init=0.3)
+    free = factor.Z_c[4:]
+    assert free.square().sum(1).mean().sqrt().item() == pytest.approx(0.3, rel=0.12)
+    assert free.unique().numel() == free.numel()
+
+
+def test_one_inducing_row_and_column_are_enough_for_rank_one(make_factor, generator):
+    weight = torch.randn(R, 1, generator=generator) @ torch.randn(1, WIDTH, generator=generator)
+    torch.testing.assert_close(make_factor(weight, m=(1, 1)).mean_weight(), weight, rtol=0, atol=1e-5)
 
 
 def test_low_rank_weight_needs_only_its_rank(make_factor, generator):

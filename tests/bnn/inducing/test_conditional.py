@@ -129,7 +129,7 @@ def test_gradients_are_defined_where_the_spectrum_is_degenerate(generator):
     Z_c = torch.eye(2, 3, dtype=torch.float64, requires_grad=True)
     lambda_ = torch.tensor(0.5, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda Z_r, Z_c: conditional_sample(V, lambda_, *E, whiten(Z_r, D), whiten(Z_c, D)), (Z_r, Z_c)
+        lambda Z_r, Z_c: conditional_sample(V, lambda_, *E, whiten(Z_r, D, 0.0), whiten(Z_c, D, 0.0)), (Z_r, Z_c)
     )
 
 
