@@ -69,6 +69,13 @@ def test_blobs_kl_steps_end_at_the_prior_from_everywhere():
     assert layer.kl().item() == pytest.approx(0, abs=1e-9)
 
 
+def test_one_of_blobs_kl_steps_goes_no_further_than_the_prior():
+    layer = BLoBA(torch.ones(1, 2), torch.tensor([[0.1, -3.0]]), 0.2)
+    layer.kl_step(1e3)
+    assert torch.equal(layer.M, torch.zeros(1, 2))
+    torch.testing.assert_close(layer.G.square(), torch.full((1, 2), 0.2))
+
+
 def test_draws_of_blob_are_weight_matrices_tiled_over_the_rows():
     layer, x, eps = blob_a().eval(), normal(4, 2, D, seed=5), normal(2, R, D, seed=6)
     layer.hold(eps)
