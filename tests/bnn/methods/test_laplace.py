@@ -240,6 +240,22 @@ def test_precision_by_validation_has_the_lowest_nll_there(right, model, ids):
     assert found["prior_precision"] == min(by_hand, key=by_hand.get)
 
 
+def test_precisions_are_compared_by_the_same_noise(model, ids, monkeypatch):
+    states = []
+
+    def recorded(mean, covariance, draws, generator):
+        states.append(generator.get_state())
+        return draw(mean, covariance, draws, generator)
+
+    monkeypatch.setattr("bnn.methods.laplace.draw", recorded)
+    laplace, data = method(precision_by="validation"), FitData([batch_of(ids)], [batch_of(ids)], 3, 10**6)
+    laplace.fit(model, score, data, torch.Generator())
+    assert laplace.fitted_to == ("train", "validation")
+    assert method().fitted_to == ("train",)
+    assert len(states) == len(laplace.precisions) == 3
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
 def test_what_is_refused(model, ids):
     with pytest.raises(ValueError, match="'guess' is unknown: use evidence or validation"):
         method(precision_by="guess")
@@ -282,6 +298,13 @@ def test_a_variant_of_lora_is_refused(make_llama, tmp_path):
 def test_mistakes_are_named(model, ids):
     with pytest.raises(ValueError, match="no curvature yet"):
         predict(method(), model, [batch_of(ids)], 2)
+    for batches, n in (([batch_of(ids)], 0), ([], 2)):
+        with pytest.raises(ValueError, match=rf"needs n >= 1 \(got {n}\), batches \(got {len(batches)}\)"):
+            predict(fitted(model, ids), model, batches, n)
+    laplace = fitted(model, ids)
+    with pytest.raises(ValueError, match="and model.eval"):
+        predict(laplace, model.train(), [batch_of(ids)], 2)
+    model.eval()
     with pytest.raises(ValueError, match=r"16 x 16 takes .*max_dim=8"):
         kfac(model, score, [batch_of(ids)], lora_matrices(model, "all"), 8)
     with pytest.raises(ValueError, match="layers='some'"):
@@ -316,6 +339,7 @@ def test_the_last_layer_is_the_last_of_the_model_and_not_the_highest_number():
     [
         ({"prior_precision": 0.0}, "a finite prior_precision > 0, got 0.0"),
         ({"precisions": [1.0, float("inf")]}, "finite precisions > 0"),
+        ({"precisions": [0.0, 1.0]}, "finite precisions > 0"),
         ({"lr": 0.0}, "a finite lr > 0"),
         ({"steps": -1}, "steps >= 0, got -1"),
     ],

@@ -108,6 +108,8 @@ def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
     assert method.fit(model, score, data, torch.Generator()) == found  # not the temperature of scaled scores
     narrow = Temperature(1.01)
     assert narrow.fit(model, score, data, torch.Generator())["at_bound"] == 1
+    wide = Temperature(math.exp(1.2 * abs(math.log(method.T))))
+    assert wide.fit(model, score, data, torch.Generator()) == {"temperature": pytest.approx(method.T), "at_bound": 0}
     assert method.modes(6) == ["mean"]
 
 
@@ -156,6 +158,7 @@ def test_refusals(model):
     for draws in (0, 1.5, True):
         with pytest.raises(ValueError, match=rf"draws={draws} must be a whole number, at least 1"):
             SGPTemperature(2.0, draws, **own)
+    assert SGPTemperature(2.0, 1, **own).draws == 1
     with pytest.raises(ValueError, match=r"maximum=inf must be greater than 1, and finite"):
         Temperature(float("inf"))
     with pytest.raises(ValueError, match="validation split is empty"):

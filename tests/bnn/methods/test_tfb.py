@@ -152,6 +152,10 @@ def test_no_noise_before_fit_in_training_or_afterwards(model, ids):
     assert torch.equal(model(input_ids=ids).logits, plain)
     with tfb(0.3).sample(model, 1, seeded()):
         assert not torch.allclose(model(input_ids=ids).logits, plain)
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, without)
     assert predict(tfb(), model, [Rows(ids, ids[:, 0])], n=5).shape == (1, 3, 4)
 
 
