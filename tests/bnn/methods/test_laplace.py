@@ -302,7 +302,7 @@ def test_mistakes_are_named(model, ids):
         with pytest.raises(ValueError, match=rf"needs n >= 1 \(got {n}\), batches \(got {len(batches)}\)"):
             predict(fitted(model, ids), model, batches, n)
     laplace = fitted(model, ids)
-    with pytest.raises(ValueError, match="and model.eval"):
+    with pytest.raises(ValueError, match=r"and model\.eval\(\)"):
         predict(laplace, model.train(), [batch_of(ids)], 2)
     model.eval()
     with pytest.raises(ValueError, match=r"16 x 16 takes .*max_dim=8"):
