@@ -9,7 +9,7 @@ from torch import nn
 
 from bnn.methods.base import FitData, Schedule
 from bnn.methods.laplace import Laplace
-from bnn.methods.laplace_curvature import Kronecker, kfac, lora_matrices
+from bnn.methods.laplace_curvature import Kronecker, check_width, kfac, lora_matrices
 from bnn.methods.laplace_predictive import draw, fit_precision, linearised, log_evidence
 from bnn.methods.mle import MLE
 from bnn.metrics import nll
@@ -307,6 +307,10 @@ def test_mistakes_are_named(model, ids):
     model.eval()
     with pytest.raises(ValueError, match=r"16 x 16 takes .*max_dim=8"):
         kfac(model, score, [batch_of(ids)], lora_matrices(model, "all"), 8)
+    with pytest.raises(ValueError, match=r"32768 x 32768 takes 4\.00 GiB a matrix: .* leave q_proj out of"):
+        check_width({"0.q_proj.lora_A.default": nn.Linear(32768, 8, device="meta")}, 8192)
+    with pytest.raises(ValueError, match=r"sees \(3, \d+, \d+\), not \(2, tokens, d_in\): leave it out of LoRA"):
+        kfac(model, lambda *args: score(*args)[:2], [batch_of(ids)], lora_matrices(model, "all"), 64)
     with pytest.raises(ValueError, match="layers='some'"):
         lora_matrices(model, "some")
 
