@@ -186,6 +186,12 @@ def test_bad_inputs_are_named():
     answer[5] = 4
     with pytest.raises(ValueError, match="answer of example 5 is 4"):
         metrics.brier(logits, answer)
+    answer[5] = 0
+    for metric in (metrics.accuracy, metrics.ece, metrics.adaptive_ece, metrics.nll, metrics.brier):
+        for wrong in (-1, 4):
+            with pytest.raises(ValueError, match=f"answer of example 7 is {wrong}, which is none of its choices"):
+                metric(logits, answer.index_fill(0, torch.tensor([7]), wrong))
+    assert metrics.ece(logits, answer, n_bins=1) == pytest.approx(metrics.adaptive_ece(logits, answer, n_bins=1))
     with pytest.raises(ValueError, match="example 8 has no choice"):
         metrics.predictive_entropy(logits.index_fill(1, torch.tensor([8]), -math.inf))
     with pytest.raises(ValueError, match="n_bins is 0"):

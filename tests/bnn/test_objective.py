@@ -62,6 +62,7 @@ def test_refuses_impossible_values(batch, n_train, beta):
 
 def test_beta_warms_up_linearly_and_stays():
     assert [beta_at(step, 0.8, 4) for step in (0, 1, 2, 4, 100)] == pytest.approx([0.0, 0.2, 0.4, 0.8, 0.8])
+    assert [beta_at(step, 0.8, 1) for step in (0, 1, 100)] == [0.0, 0.8, 0.8]
     assert [beta_at(step, 0.8, 0) for step in (0, 1, 100)] == [0.8, 0.8, 0.8]
 
 
