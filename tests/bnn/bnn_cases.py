@@ -1,5 +1,7 @@
 """Cases and small helpers that several tests of the core share."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -30,6 +32,24 @@ def logits_of(model, ids: Tensor, **kwargs) -> Tensor:
 
 def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
+
+
+@dataclass
+class Rows:
+    """A batch of token ids (N, T) with, where it matters, the right choices (N,); each has as many as ``choices``."""
+
+    input_ids: Tensor
+    answer: Tensor | None = None
+    choices: int = 4
+
+    def tile(self, n: int) -> "Rows":
+        answer = None if self.answer is None else self.answer.repeat(n)
+        return Rows(self.input_ids.repeat(n, 1), answer, self.choices)
+
+
+def score(model, batch: Rows) -> Tensor:
+    """The last token's logits of the first tokens, one for each choice."""
+    return model(input_ids=batch.input_ids).logits[:, -1, : batch.choices]
 
 
 def noise_for(

@@ -1,28 +1,14 @@
 """Monte-Carlo prediction by the sampler's draws."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
-from bnn_cases import logits_of, seeded
+from bnn_cases import Rows, logits_of, score, seeded
 from torch import Tensor
 
 import bnn
 from bnn.predictive import predict
-
-
-@dataclass
-class Rows:
-    input_ids: Tensor
-    choices: int = 4
-
-    def tile(self, n: int) -> "Rows":
-        return Rows(self.input_ids.repeat(n, 1), self.choices)
-
-
-def score(model, batch: Rows) -> Tensor:
-    return model(input_ids=batch.input_ids).logits[:, -1, : batch.choices]
 
 
 def predicted(model, batches: list[Rows], n: int | None, tokens: int = 10**6) -> Tensor:
@@ -34,7 +20,7 @@ def predicted(model, batches: list[Rows], n: int | None, tokens: int = 10**6) ->
 def test_every_draw_is_one_function_of_all_batches_however_they_are_split(tokens, make_adapted, ids):
     """Alone, one draw a forward: the same generator gives the same draws."""
     model, generator = make_adapted(), seeded()
-    got = predicted(model, [Rows(ids), Rows(ids[:1, :4], 2)], 5, tokens)
+    got = predicted(model, [Rows(ids), Rows(ids[:1, :4], choices=2)], 5, tokens)
     assert got.shape == (5, 4, 4)
     assert got.dtype == torch.float32
     for i in range(5):

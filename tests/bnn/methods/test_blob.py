@@ -2,10 +2,10 @@
 
 import copy
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
+from bnn_cases import Rows, score, seeded
 from peft import PeftModel
 from torch import Tensor
 
@@ -20,18 +20,6 @@ SCHEDULE = Schedule(total_steps=200, steps_per_epoch=10, n_train=80)
 METHODS = [BLoB, ScalaBL]
 
 
-@dataclass
-class Rows:
-    input_ids: Tensor
-
-    def tile(self, n: int) -> "Rows":
-        return Rows(self.input_ids.repeat(n, 1))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def make(cls, kl_lr=0.01, gamma=8.0):
     return cls(prior_sd=0.2, init_eps=0.05, kl_lr=kl_lr, gamma=gamma)
 
@@ -42,10 +30,6 @@ def adapted(method, llama, scale: float = 0.1):
         model = method.adapt(llama, LORA).eval()
     perturb(model, scale)
     return model
-
-
-def score(model, batch: Rows) -> Tensor:
-    return model(input_ids=batch.input_ids).logits[:, -1, :4]
 
 
 @torch.no_grad()

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from bnn_cases import seeded
 from torch import Tensor
 
 from bnn.methods.blob_layer import BLoBA
 from bnn.methods.scalabl_layer import SubspaceA
 
 R, D = 3, 5
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -298,10 +298,10 @@ def test_a_variant_of_lora_is_refused(make_llama, tmp_path):
 def test_mistakes_are_named(model, ids):
     with pytest.raises(ValueError, match="no curvature yet"):
         predict(method(), model, [batch_of(ids)], 2)
+    laplace = fitted(model, ids)
     for batches, n in (([batch_of(ids)], 0), ([], 2)):
         with pytest.raises(ValueError, match=rf"needs n >= 1 \(got {n}\), batches \(got {len(batches)}\)"):
-            predict(fitted(model, ids), model, batches, n)
-    laplace = fitted(model, ids)
+            predict(laplace, model, batches, n)
     with pytest.raises(ValueError, match=r"and model\.eval\(\)"):
         predict(laplace, model.train(), [batch_of(ids)], 2)
     model.eval()

@@ -1,11 +1,10 @@
 """Monte-Carlo dropout: where masks come from, how they are distributed, and what they leave alone."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from bnn_cases import Rows, score, seeded
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from bnn.methods.base import trainable
 from bnn.methods.mc_dropout import MCDropout
@@ -18,22 +17,6 @@ LORA = {
     "target_modules": ["q_proj", "v_proj"],
     "task_type": "CAUSAL_LM",
 }
-
-
-@dataclass
-class Rows:
-    input_ids: Tensor
-
-    def tile(self, n: int) -> "Rows":
-        return Rows(self.input_ids.repeat(n, 1))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def score(model, batch: Rows) -> Tensor:
-    return model(input_ids=batch.input_ids).logits[:, -1, :4]
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
+from bnn_cases import Rows, score
 from scipy.optimize import minimize_scalar
-from torch import Tensor
 from torch.nn import functional as F
 
 from bnn.methods.base import FitData, Schedule, trainable
@@ -18,19 +17,6 @@ from bnn.methods.temperature import Temperature, fit_temperature
 from bnn.metrics import nll
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-
-@dataclass
-class Rows:
-    input_ids: Tensor
-    answer: Tensor
-
-    def tile(self, n: int) -> "Rows":
-        return Rows(self.input_ids.repeat(n, 1), self.answer.repeat(n))
-
-
-def score(model, batch):
-    return model(input_ids=batch.input_ids).logits[:, -1, :4]
 
 
 def predict(method, model, batches, n=None):

@@ -1,11 +1,9 @@
 """TFB: the law of its noise, the search for its scale, and where no noise may be."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from bnn_cases import Rows, score, seeded
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 
 from bnn.methods.base import FitData, Schedule, trainable
 from bnn.methods.mle import MLE
@@ -14,19 +12,6 @@ from bnn.metrics import nll
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 FLOOR = 1e-6
-
-
-@dataclass
-class Rows:
-    input_ids: Tensor
-    answer: Tensor
-
-    def tile(self, n: int) -> "Rows":
-        return Rows(self.input_ids.repeat(n, 1), self.answer.repeat(n))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def tfb(sigma_q: float | None = None, **changes) -> TFB:
@@ -42,10 +27,6 @@ def tfb(sigma_q: float | None = None, **changes) -> TFB:
     method = TFB(**settings | changes)
     method.sigma_q = sigma_q
     return method
-
-
-def score(model, batch):
-    return model(input_ids=batch.input_ids).logits[:, -1, :4]
 
 
 def predict(method, model, batches, n=None, seed=0, tokens=10_000):
