@@ -31,7 +31,8 @@ class SamplerGraph:
     """A draw and its backward as two CUDA graphs: two launches instead of a thousand.
 
     The graphs read the parameters where they are, so these must stay in place (``FactorStack.own``); the weights live
-    in the graph's memory until the next draw, which is why only one context can be open.
+    in the graph's memory until the next draw, which is why only one context can be open. They are captured with
+    aliases of the parameters, whose own gradients then are accumulated on the stream of the training.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class SamplerGraph:
                     filled[i][name] = value
                 return draw(stacks, filled, noise)
 
-            static = (noise.clone(), *leaves)
+            static = (noise.clone(), *(leaf.detach().requires_grad_() for leaf in leaves))
             with recording():
                 self._graphs[len(noise)] = torch.cuda.make_graphed_callables(replayed, static, allow_unused_input=True)
         self._own_gradients(leaves)

@@ -70,6 +70,18 @@ def test_gradients_of_replays(command, name):
 
 
 @pytest.mark.gpu
+def test_gradients_are_accumulated_on_the_stream_they_come_from(command, recwarn):
+    """Else PyTorch warns and waits at every step, as after a capture with the parameters themselves."""
+    run = prepare(compose(CONFIGS, command("device=cuda", "train.graph_padding=null", *METHODS["sgp"])))
+    torch.set_warn_always(True)
+    try:
+        training.train(run)
+    finally:
+        torch.set_warn_always(False)
+    assert not [w for w in recwarn if "stream" in str(w.message)]
+
+
+@pytest.mark.gpu
 def test_a_step_that_waits_for_the_device_is_refused_with_the_remedy(command, monkeypatch):
     run = prepare(compose(CONFIGS, command("device=cuda", "train.graph_padding=8")))
     real = training.negative_elbo
