@@ -54,8 +54,11 @@ class SamplerGraph:
                 return draw(stacks, filled, noise)
 
             static = (noise.clone(), *(leaf.detach().requires_grad_() for leaf in leaves))
+            _warm_up(replayed, static)
             with recording():
-                self._graphs[len(noise)] = torch.cuda.make_graphed_callables(replayed, static, allow_unused_input=True)
+                self._graphs[len(noise)] = torch.cuda.make_graphed_callables(
+                    replayed, static, num_warmup_iters=0, allow_unused_input=True
+                )
         self._own_gradients(leaves)
         return self._graphs[len(noise)](noise, *leaves)
 
@@ -68,3 +71,17 @@ class SamplerGraph:
             leaf.grad = own
         if missing:
             torch._foreach_zero_([own for _, own in missing])
+
+
+def _warm_up(draw: Callable[..., tuple[Tensor, ...]], static: tuple[Tensor, ...]) -> None:
+    """A draw with its backward on another stream: what is initialised at its first use cannot be captured.
+
+    That of ``make_graphed_callables`` keeps its autograd graph, whose nodes the capture on a third stream would use.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        drawn = [weights for weights in draw(*static) if weights.requires_grad]
+        leaves = [tensor for tensor in static if tensor.requires_grad]
+        torch.autograd.grad(drawn, leaves, [torch.zeros_like(weights) for weights in drawn], allow_unused=True)
+    torch.cuda.current_stream().wait_stream(stream)
