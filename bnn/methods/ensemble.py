@@ -79,7 +79,6 @@ class Ensemble(Method):
             loaded.load_adapter(str(folder / name), name, is_trainable=True)
         for name in self.names:
             check_layers(loaded, folder / name, name)
-        self._activate(loaded, first)
         return loaded
 
     def members(self, model: nn.Module) -> Iterator[None]:
