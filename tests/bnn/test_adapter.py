@@ -305,7 +305,11 @@ def test_a_default_device_is_not_where_a_posterior_is_computed(make_llama):
         ({"q_sd": float("inf")}, "q_sd=inf: expected a finite number above 0"),
         ({"mean_gain": float("nan")}, "mean_gain=nan: expected a finite number above 0"),
         ({"jitter": -1e-6}, "jitter=-1e-06: expected a finite number, at least 0"),
+        ({"jitter": float("inf")}, "jitter=inf: expected a finite number, at least 0"),
+        ({"prior_sd": float("inf")}, "prior_sd=inf: expected a finite number above 0"),
         ({"lambda_init": 1.5}, "lambda_init must lie in"),
+        ({"lambda_init": 0.0}, "lambda_init must lie in"),
+        ({"lambda_init": 0.5, "lambda_max": 0.5}, "lambda_init must lie in"),
     ],
     ids=str,
 )

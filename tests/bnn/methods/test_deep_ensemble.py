@@ -130,6 +130,7 @@ def test_prediction_has_one_pass_of_each_member(trained, ids):
         assert torch.equal(predict(method, trained, ids, n), predict(method, trained, ids))
     scores = predict(method, trained, ids)
     assert scores.shape == (K, 4, 4)
+    assert trained.active_adapter == "member0"
     for k in range(K):
         trained.set_adapter(f"member{k}")
         torch.testing.assert_close(scores[k, :3], score(trained, Rows(ids)).detach().float())
