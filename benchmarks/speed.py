@@ -149,7 +149,7 @@ def fixed_length(input_ids: Tensor) -> Batch:
     return Batch(
         ids=tuple(map(str, range(rows))),
         input_ids=input_ids,
-        attention_mask=torch.ones(1, dtype=torch.bool),  # not used: causal attention needs none
+        segment=torch.zeros(1, dtype=torch.long),  # not used: causal attention needs no mask
         position_ids=torch.arange(tokens),
         choice_source=zeros,
         choice_token=zeros,

@@ -216,7 +216,8 @@ def untie(model: Any, layer: Any) -> None:
     if weight is None or not others:
         return
     for module in (layer, *others[1:]):
-        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        copied = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        module._parameters["weight"] = copied  # registered it would be on meta under low_cpu_mem_usage
     if hasattr(getattr(model, "config", None), "get_text_config"):
         copies: dict[int, Any] = {}
         config = copy.deepcopy(model.config, copies)

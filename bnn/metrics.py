@@ -58,7 +58,7 @@ def nll(logits: Tensor, answer: Tensor) -> float:
     """Mean over all examples of -log p(answer | x), in nats."""
     log_probs = predictive_log_probs(logits)
     _check_answer(log_probs, answer)
-    return -log_probs.gather(1, answer[:, None]).mean().item()
+    return -log_probs.gather(1, answer[:, None]).mean().item() + 0.0  # no -0.0
 
 
 def brier(logits: Tensor, answer: Tensor) -> float:

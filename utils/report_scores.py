@@ -15,6 +15,8 @@ ALPHA = 0.05
 N_BINS = 15
 """Equal-width confidence bins of the ECE."""
 RESAMPLES = 200
+TIE = 1e-12
+"""Mean differences up to this are rounding."""
 """Bootstrap resamples of the examples behind the standard error of an ECE difference."""
 
 
@@ -166,11 +168,11 @@ def paired_p(first: Mapping[int, Prediction], second: Mapping[int, Prediction], 
         terms.append((float(of_seeds.var(ddof=1)) / len(seeds), len(seeds) - 1))
     variance = sum(term for term, _ in terms)
     mean = float(of_seeds.mean())
-    if not np.isfinite(mean) or mean == 0.0:
+    if not np.isfinite(mean) or abs(mean) <= TIE:
         return 1.0
     if variance == 0.0:
         return 0.0
-    freedom = variance**2 / sum(term**2 / df for term, df in terms)
+    freedom = 1 / sum((term / variance) ** 2 / df for term, df in terms)
     return float(2 * student_t.sf(abs(mean) / np.sqrt(variance), freedom))
 
 

@@ -130,10 +130,12 @@ def test_an_adapter_of_the_earlier_parametrisation_is_refused(make_llama, make_a
         PeftModel.from_pretrained(make_llama(), tmp_path)
 
 
-def test_adapted_head_of_a_tied_model_is_identical(make_llama, make_adapted, ids, tmp_path):
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapted_head_of_a_tied_model_is_identical(make_llama, make_adapted, ids, tmp_path, low_cpu_mem_usage):
     model = make_adapted(make_llama(tied=True), target_modules=["lm_head"])
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    loaded = PeftModel.from_pretrained(make_llama(tied=True), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(make_llama(tied=True), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert not any(p.is_meta for p in loaded.parameters())
     assert_same(model, loaded, ids)
 
 

@@ -96,6 +96,10 @@ def test_extreme_and_low_precision_scores_stay_finite():
     assert half["ece"] == 0
 
 
+def test_nll_of_what_is_certain_and_right_is_zero_without_a_sign():
+    assert str(metrics.nll(torch.tensor([[[0.0, -1e4]]]), torch.tensor([0]))) == "0.0"
+
+
 def test_one_example():
     got = metrics.evaluate_predictions(with_probs([0.7, 0.3]), torch.tensor([1]))
     assert got["acc"] == 0

@@ -113,6 +113,24 @@ def test_paired_test_finds_a_large_difference_and_none_in_equals(metric):
     assert paired_p(base, base, metric) == 1.0
 
 
+@pytest.mark.parametrize("scale", [100.0, 200.0, 400.0])
+def test_differences_of_rounding_are_ties(scale):
+    """Of predictions that are right beyond float64: squares of what is left underflow."""
+
+    def sure(of_wrong: np.ndarray) -> dict[int, Prediction]:
+        log_probs = np.stack([np.zeros(4), of_wrong], 1)
+        return {0: Prediction(np.arange(4).astype(str), np.zeros(4, int), log_probs)}
+
+    first, second = sure(-scale - np.arange(4.0)), sure(-scale - np.arange(7.0, 3.0, -1))
+    for metric in ("brier", "acc", "nll", "ece"):
+        assert paired_p(first, second, metric) == 1.0
+
+
+def test_a_small_difference_that_is_none_of_rounding_is_found():
+    own, other = of_losses(*[1e-9] * 50), of_losses(*[2e-9, 3e-9] * 25)
+    assert paired_p({0: own}, {0: other}, "nll") < 1e-3
+
+
 @pytest.mark.parametrize("metric", ["nll", "ece"])
 def test_paired_test_keeps_its_level(metric):
     """100 pairs of independent equal methods: at level 0.05 a valid test exceeds 12 rejections with p < 0.002."""

@@ -24,7 +24,7 @@ class Batch:
     Args:
         ids: Example identifiers, N of them.
         input_ids: (N, T) token ids.
-        attention_mask: (N, 1, T, T) bool, True where the query (row) sees the key (column).
+        segment: (N, T) what a token belongs to: -1 padding, 0 the prompt, 1 to C the choices.
         position_ids: (N, T) positions, 0 at the first token of the prompt.
         choice_source: (N, C, L) index into the K kept positions whose logits predict the token.
         choice_token: (N, C, L) the tokens to score.
@@ -36,7 +36,7 @@ class Batch:
 
     ids: tuple[str, ...]
     input_ids: Tensor
-    attention_mask: Tensor
+    segment: Tensor
     position_ids: Tensor
     choice_source: Tensor
     choice_token: Tensor
@@ -71,11 +71,25 @@ class Batch:
         """Keyword arguments for the causal language model's forward, which then gives (N, K, V) logits."""
         return {
             "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
+            "attention_mask": packed_mask(self.segment),
             "position_ids": self.position_ids,
             "logits_to_keep": self.keep,
             "use_cache": False,
         }
+
+
+def packed_mask(segment: Tensor) -> Tensor:
+    """(N, 1, T, T) bool mask of (N, T) segments (see `Batch`), True where the query (row) sees the key (column).
+
+    A token sees earlier tokens of the prompt and of its own segment. Everything sees itself, so that no row
+    is fully masked (an all-masked row gives NaN in some attention kernels). Made when it is used: of all batches
+    of a data set it would take far more memory than what it is made from.
+    """
+    length = segment.shape[1]
+    query, key = segment[:, :, None], segment[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    visible = causal & (query >= 0) & ((key == 0) | (key == query))
+    return (visible | torch.eye(length, dtype=torch.bool, device=segment.device)).unsqueeze(1)
 
 
 class Moved(Sequence[Batch]):

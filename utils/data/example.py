@@ -32,7 +32,8 @@ class Question:
         suffix: Text that follows the option (the rest of a cloze sentence). Where it is not empty, choice
             scoring scores the suffix given the option instead of the option.
         lead: What joins an option to the text before it: a blank, or nothing.
-        group: What rows made from one source share, which never stand on both sides of a carve; None: alone.
+        groups: What rows made from one source share. Rows that have one in common, if only through other rows, never
+            stand on both sides of a carve.
     """
 
     id: str
@@ -42,7 +43,7 @@ class Question:
     category: str | None = None
     suffix: str = ""
     lead: str = " "
-    group: str | None = None
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Example:
             raise DataError(f"example {self.id!r}: {len(self.choices)} choices; at least 2 are needed")
         if not 0 <= self.answer < len(self.choices):
             raise DataError(f"example {self.id!r}: answer {self.answer} is not in 0..{len(self.choices) - 1}")
-        if not all(choice.text for choice in self.choices):
+        if not all(choice.text.strip() for choice in self.choices):
             raise DataError(f"example {self.id!r}: a choice has no text to score")
 
 

@@ -1,6 +1,7 @@
 """The order in which examples are visited."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -44,5 +45,11 @@ def length_sorted(
 
 def nth_batch(examples: list[Example], size: int, seed: int, epoch: int, index: int) -> list[Example]:
     """Examples of one optimiser step: a function of (seed, epoch, index), so that a resumed run sees the same."""
-    order = epoch_generator(seed, epoch).permutation(len(examples))
+    order = _order(seed, epoch, len(examples))
     return [examples[i] for i in order[index * size : (index + 1) * size]]
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Kept for the next step of the epoch: to permute hundreds of thousands takes as long as a small model's step."""
+    return epoch_generator(seed, epoch).permutation(n)

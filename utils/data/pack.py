@@ -42,7 +42,7 @@ def pack(
     longest = longest if longest == 1 else _up(longest, multiple)
     input_ids = torch.full((n, total), pad)
     position_ids = torch.zeros((n, total), dtype=torch.long)
-    segment = torch.full((n, total), -1)  # -1 padding, 0 prompt, 1.. the choices
+    segment = torch.full((n, total), -1)
     source = torch.zeros((n, c, longest), dtype=torch.long)
     token = torch.zeros((n, c, longest), dtype=torch.long)
     weight = torch.zeros((n, c, longest))
@@ -68,7 +68,7 @@ def pack(
     return Batch(
         ids=tuple(example.id for example in examples),
         input_ids=input_ids,
-        attention_mask=packed_mask(segment),
+        segment=segment,
         position_ids=position_ids,
         choice_source=source,
         choice_token=token,
@@ -88,16 +88,3 @@ def widths(encoded: list[Encoded], multiple: int = 1) -> tuple[int, int]:
 def _up(size: int, multiple: int) -> int:
     """The least multiple that is at least `size`."""
     return -(-size // multiple) * multiple
-
-
-def packed_mask(segment: torch.Tensor) -> torch.Tensor:
-    """(N, 1, T, T) bool mask from (N, T) segments (-1 padding, 0 prompt, 1.. choices).
-
-    A token sees earlier tokens of the prompt and of its own segment. Everything sees itself, so that no row
-    is fully masked (an all-masked row gives NaN in some attention kernels).
-    """
-    length = segment.shape[1]
-    query, key = segment[:, :, None], segment[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = causal & (query >= 0) & ((key == 0) | (key == query))
-    return (visible | torch.eye(length, dtype=torch.bool)).unsqueeze(1)

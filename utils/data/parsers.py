@@ -96,7 +96,7 @@ def winogrande(row: Row, identifier: str) -> Question:
         answer=int(answer) - 1 if answer else None,
         suffix=after.rstrip(),
         lead=" " if before.endswith(" ") else "",
-        group=" / ".join(sorted(option.lower() for option in options)),
+        groups=(" / ".join(sorted(option.lower() for option in options)),),
     )
 
 
@@ -107,7 +107,7 @@ def boolq(row: Row, identifier: str) -> Question:
     if answer is not None and not isinstance(answer, bool):
         raise DataError(f"answer {answer!r} is neither true nor false")
     fields = {"question": _text(row, "question"), "passage": _text(row, "passage")}
-    return Question(identifier, fields, (), None if answer is None else int(answer), group=fields["passage"])
+    return Question(identifier, fields, (), None if answer is None else int(answer), groups=(fields["passage"],))
 
 
 @register("mmlu")
@@ -125,8 +125,8 @@ def mmlu(row: Row, identifier: str) -> Question:
     )
 
 
-def _glue(*keys: str, group: str | None = None) -> Parser:
-    """Rows of nyu-mll/glue: text fields and a class index `label`, -1 where hidden; `group`: which field is the group.
+def _glue(*keys: str, groups: tuple[str, ...] = ()) -> Parser:
+    """Rows of nyu-mll/glue: text fields and a class index `label`, -1 where hidden; `groups`: fields that are groups.
 
     Rows that share a premise or a question tend to differ in label, in WNLI as WinoGrande's twins do.
     """
@@ -137,22 +137,22 @@ def _glue(*keys: str, group: str | None = None) -> Parser:
             raise DataError(f"label {label!r} is not a class index")
         fields = {key: _text(row, key) for key in keys}
         answer = None if label in (None, -1) else label
-        return Question(identifier, fields, (), answer, group=None if group is None else fields[group])
+        return Question(identifier, fields, (), answer, groups=tuple(fields[key] for key in groups))
 
     return parse
 
 
-for _name, _keys, _group in (
-    ("sst2", ("sentence",), None),
-    ("cola", ("sentence",), None),
-    ("mrpc", ("sentence1", "sentence2"), None),
-    ("rte", ("sentence1", "sentence2"), "sentence1"),
-    ("wnli", ("sentence1", "sentence2"), "sentence1"),
-    ("qnli", ("question", "sentence"), "question"),
-    ("qqp", ("question1", "question2"), None),
-    ("mnli", ("premise", "hypothesis"), "premise"),
+for _name, _keys, _groups in (
+    ("sst2", ("sentence",), ()),
+    ("cola", ("sentence",), ()),
+    ("mrpc", ("sentence1", "sentence2"), ()),
+    ("rte", ("sentence1", "sentence2"), ("sentence1",)),
+    ("wnli", ("sentence1", "sentence2"), ("sentence1",)),
+    ("qnli", ("question", "sentence"), ("question",)),
+    ("qqp", ("question1", "question2"), ("question1", "question2")),
+    ("mnli", ("premise", "hypothesis"), ("premise",)),
 ):
-    register(_name)(_glue(*_keys, group=_group))
+    register(_name)(_glue(*_keys, groups=_groups))
 
 
 @register("jsonl")
@@ -177,7 +177,7 @@ def jsonl(row: Row, identifier: str) -> Question:
         options=options,
         answer=_answer(row.get("answer"), options),
         category=None if category is None else str(category),
-        group=None if group in (None, "") or group != group else str(group),  # NaN is what pandas writes
+        groups=() if group in (None, "") or group != group else (str(group),),  # NaN is what pandas writes
     )
 
 

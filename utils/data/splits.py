@@ -1,7 +1,7 @@
 """Rules for honest splits: what serves as validation and test, disjointness, seeded subsets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -97,23 +97,54 @@ def carve(questions: Sequence[Question], fraction: float, seed: int) -> tuple[li
         raise DataError(f"dset.validation_fraction is {fraction}; it must be between 0 and 1, exclusive")
     if not questions:
         return [], []
-    group_of = [i if question.group is None else question.group for i, question in enumerate(questions)]
-    groups: dict[str | int, list[int]] = {}
-    for i, group in enumerate(group_of):
-        groups.setdefault(group, []).append(i)
+    source = sources_of(questions)
+    made_from: dict[int, list[int]] = {}
+    for i, own in enumerate(source):
+        made_from.setdefault(own, []).append(i)
     count, chosen = max(1, round(fraction * len(questions))), set[int]()
     for i in np.random.default_rng([seed, 1]).permutation(len(questions)).tolist():
         if len(chosen) >= count:
             break
-        chosen.update(groups[group_of[i]])
+        chosen.update(made_from[source[i]])
     if len(chosen) == len(questions):
-        remedy = "lower it, or add a file" if len(groups) > 1 else "name a file for one (dset.validation_file)"
+        remedy = "lower it, or add a file" if len(made_from) > 1 else "name a file for one (dset.validation_file)"
         raise DataError(
-            f"train has {len(questions)} questions from {len(groups)} sources, of which a validation split with "
+            f"train has {len(questions)} questions from {len(made_from)} sources, of which a validation split with "
             f"dset.validation_fraction={fraction} would take all: {remedy}"
         )
     rest = [question for i, question in enumerate(questions) if i not in chosen]
     return rest, [question for i, question in enumerate(questions) if i in chosen]
+
+
+def sources_of(questions: Sequence[Question]) -> list[int]:
+    """For every question a number that it shares with those that it has a group in common with, if through others."""
+    root, first = list(range(len(questions))), dict[str, int]()
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for i, question in enumerate(questions):
+        for group in question.groups:
+            root[find(i)] = find(first.setdefault(group, i))
+    return [find(i) for i in range(len(questions))]
+
+
+def with_whole_sentences(questions: Sequence[Question], field: str) -> list[Question]:
+    """Give every question whose text is part of longer ones, word for word, the longest of them for a group."""
+    words = [tuple(question.fields[field].split()) for question in questions]
+    whole: dict[tuple[str, ...], tuple[str, ...] | None] = dict.fromkeys(words)
+    for longest in sorted(whole, key=len, reverse=True):
+        if whole[longest] is None:  # else its parts are those of a longer one too
+            for start in range(len(longest)):
+                for end in range(start + 1, len(longest) + 1):
+                    part = longest[start:end]
+                    if part in whole and whole[part] is None:
+                        whole[part] = longest
+    of = (" ".join(whole[own] or own) for own in words)
+    return [replace(question, groups=(*question.groups, own)) for question, own in zip(questions, of, strict=True)]
 
 
 def subset(questions: list[Question], size: int | None, seed: int, key: str, at_most: bool = False) -> list[Question]:

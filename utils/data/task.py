@@ -11,9 +11,11 @@ from utils.data.parsers import get_parser
 from utils.data.prompts import render
 from utils.data.quiz import quiz_questions
 from utils.data.source import Rows, open_source, parse_rows, read_jsonl
-from utils.data.splits import RawSplit, labelled, resolve, subset, without
+from utils.data.splits import RawSplit, labelled, resolve, subset, with_whole_sentences, without
 
 SPLITS = ("train", "validation", "test")
+PHRASES = {"sst2": "sentence"}
+"""By schema the field of which training rows may hold a part of another row's: SST-2 has its sentences' phrases."""
 
 
 @dataclass(frozen=True)
@@ -200,4 +202,7 @@ def _benchmark(config: TaskConfig, data_dir: str | Path) -> Loaded:
 
 
 def _parse(rows: Rows, config: TaskConfig, split: str) -> RawSplit:
-    return RawSplit(parse_rows(rows, get_parser(config.schema), split, len(config.labels)), rows.origin)
+    questions = parse_rows(rows, get_parser(config.schema), split, len(config.labels))
+    if split == "train" and config.schema in PHRASES:
+        questions = with_whole_sentences(questions, PHRASES[config.schema])
+    return RawSplit(questions, rows.origin)

@@ -171,6 +171,15 @@ def test_moved_batches_are_moved_when_they_are_asked_for(tokenizer, examples):
     assert torch.equal(Moved([encoder.collate(examples)], "cpu")[-1].input_ids, encoder.collate(examples).input_ids)
 
 
+def test_a_batch_holds_nothing_of_the_size_of_its_mask(tokenizer):
+    long = Example("x", "the cat " * 50, (Choice(" sat"), Choice(" ran")), 0)
+    batch = Encoder(tokenizer, "choice_sum", 999).collate([long] * 3)
+    rows, tokens = batch.input_ids.shape
+    assert batch.model_inputs()["attention_mask"].shape == (rows, 1, tokens, tokens)
+    tensors = [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]
+    assert max(t.numel() for t in tensors) == rows * tokens
+
+
 def test_tile_repeats_the_batch_below_itself(tokenizer, examples):
     batch = Encoder(tokenizer, "choice_sum", 64).collate(examples)
     tiled = batch.tile(3).to("cpu")
@@ -178,7 +187,7 @@ def test_tile_repeats_the_batch_below_itself(tokenizer, examples):
     assert tiled.keep == batch.keep
     for i in range(3):
         assert torch.equal(tiled.input_ids[3 * i : 3 * i + 3], batch.input_ids)
-        assert torch.equal(tiled.attention_mask[3 * i : 3 * i + 3], batch.attention_mask)
+        assert torch.equal(tiled.segment[3 * i : 3 * i + 3], batch.segment)
         assert torch.equal(tiled.choice_source[3 * i : 3 * i + 3], batch.choice_source)
 
 

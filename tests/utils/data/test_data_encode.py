@@ -64,9 +64,14 @@ def test_cloze_of_which_an_option_merges_with_its_suffix_is_scored_in_the_tokens
 
 def test_a_choice_that_adds_no_token_is_an_error():
     tokenizer = sentencepiece_tokenizer("▁the", "▁cat")
-    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
-    with pytest.raises(DataError, match=r"'x': choice ' ' has no tokens"):
-        Encoder(tokenizer, "choice_sum", 99).encode(labelled("cat", " "))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" !", "")
+    with pytest.raises(DataError, match=r"'x': choice ' !' has no tokens"):
+        Encoder(tokenizer, "choice_sum", 99).encode(labelled("cat", " !"))
+
+
+def test_a_blank_choice_is_an_error():
+    with pytest.raises(DataError, match="example 'x': a choice has no text to score"):
+        Example("x", "the", (Choice(" "), Choice(" cat")), 0)
 
 
 def test_empty_prompt_still_has_a_position_to_predict_from(tokenizer, bos_tokenizer):

@@ -44,21 +44,22 @@ def test_rows_of_every_schema(schema, row, answer, options):
 
 
 @pytest.mark.parametrize(
-    ("schema", "row", "group"),
+    ("schema", "row", "groups"),
     [
-        ("winogrande", {"sentence": "a _ b.", "option1": "the Y", "option2": "x", "answer": "2"}, "the y / x"),
-        ("winogrande", {"sentence": "c _ b.", "option1": "X", "option2": "the y", "answer": "2"}, "the y / x"),
-        ("boolq", {"question": "q", "passage": "p", "answer": True}, "p"),
-        ("wnli", {"sentence1": "s", "sentence2": "t", "label": 1}, "s"),
-        ("qnli", {"question": "q", "sentence": "t", "label": 1}, "q"),
-        ("mnli", {"premise": "s", "hypothesis": "t", "label": 2}, "s"),
-        ("sst2", {"sentence": "s", "label": 0}, None),
-        ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 1, "group": 7}, "7"),
-        ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 1}, None),
+        ("winogrande", {"sentence": "a _ b.", "option1": "the Y", "option2": "x", "answer": "2"}, ("the y / x",)),
+        ("winogrande", {"sentence": "c _ b.", "option1": "X", "option2": "the y", "answer": "2"}, ("the y / x",)),
+        ("boolq", {"question": "q", "passage": "p", "answer": True}, ("p",)),
+        ("wnli", {"sentence1": "s", "sentence2": "t", "label": 1}, ("s",)),
+        ("qnli", {"question": "q", "sentence": "t", "label": 1}, ("q",)),
+        ("qqp", {"question1": "q", "question2": "t", "label": 1}, ("q", "t")),
+        ("mnli", {"premise": "s", "hypothesis": "t", "label": 2}, ("s",)),
+        ("sst2", {"sentence": "s", "label": 0}, ()),
+        ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 1, "group": 7}, ("7",)),
+        ("jsonl", {"question": "q", "choices": ["x", "y"], "answer": 1}, ()),
     ],
 )
-def test_rows_made_from_one_source_have_a_group(schema, row, group):
-    assert get_parser(schema)(row, "i").group == group
+def test_rows_made_from_one_source_have_groups(schema, row, groups):
+    assert get_parser(schema)(row, "i").groups == groups
 
 
 BAD = [

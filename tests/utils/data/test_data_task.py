@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from utils.data import source
 from utils.data.example import DataError, Question
-from utils.data.splits import carve
+from utils.data.splits import carve, sources_of
 from utils.data.task import TaskConfig, load_task
 
 CONFIG_DIR = Path(__file__).parents[3] / "configs" / "dset"
@@ -90,6 +90,36 @@ def test_a_carve_takes_what_belongs_together_as_a_whole(tmp_path, write_rows, se
     assert not set.intersection(*sources)
 
 
+def test_a_carve_follows_groups_through_other_rows():
+    pairs = [("a", "b"), ("c", "d"), ("b", "e"), ("f", "g"), ("e", "h"), ("d", "f"), ("i", "j"), ("k", "l")]
+    questions = [Question(str(i), {}, (), 0, groups=pair) for i, pair in enumerate(pairs)]
+    source = sources_of(questions)
+    members = [[i for i in range(8) if source[i] == own] for own in dict.fromkeys(source)]
+    assert members == [[0, 2, 4], [1, 3, 5], [6], [7]]
+    for seed in range(5):
+        rest, carved = carve(questions, 0.25, seed=seed)
+        assert len(carved) in (2, 3, 4)
+        assert not {g for q in rest for g in q.groups} & {g for q in carved for g in q.groups}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_carve_does_not_part_a_sentence_from_its_phrases(tmp_path, write_rows, seed):
+    """As of the hub's SST-2, whose test labels are hidden."""
+    whole = [f"a{i} film with{i} much{i} to like{i}" for i in range(12)]
+    phrases = [" ".join(text.split()[i:j]) for text in whole for i, j in ((0, 2), (2, 4), (2, 3), (3, 6))]
+    sentences = [*phrases, *whole, "film"]
+    write_rows("glue/sst2/train.jsonl", [{"sentence": f"{text} ", "label": i % 2} for i, text in enumerate(sentences)])
+    write_rows("glue/sst2/validation.jsonl", sst2(50, 60))
+    write_rows("glue/sst2/test.jsonl", sst2(60, 80, label=-1))
+    task = load_task(dset("sst2", validation_fraction=0.3), tmp_path, seed=seed)
+    splits = (task.train, task.validation)
+    train, carved = ([e.prompt[len("Review: ") : -len("\nSentiment:")] for e in split] for split in splits)
+    assert len(train) + len(carved) == 61
+    assert 18 <= len(carved) <= 24
+    pairs = [(f" {a} ", f" {b} ") for a in carved for b in train if "film" not in (a, b)]
+    assert not [pair for pair in pairs if pair[0] in pair[1] or pair[1] in pair[0]]
+
+
 def test_a_carve_of_single_questions_is_a_seeded_draw():
     questions = [Question(str(i), {}, (), 0) for i in range(10)]
     rest, carved = carve(questions, 0.3, seed=4)
@@ -99,7 +129,7 @@ def test_a_carve_of_single_questions_is_a_seeded_draw():
 
 
 def test_a_carve_needs_more_than_one_source():
-    questions = [Question(str(i), {}, (), 0, group="one") for i in range(10)]
+    questions = [Question(str(i), {}, (), 0, groups=("one",)) for i in range(10)]
     with pytest.raises(
         DataError, match=r"10 questions from 1 sources, .*dset.validation_fraction=0.3 would take all: name a file"
     ):
