@@ -82,6 +82,7 @@ def _warm_up(draw: Callable[..., tuple[Tensor, ...]], static: tuple[Tensor, ...]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         drawn = [weights for weights in draw(*static) if weights.requires_grad]
-        leaves = [tensor for tensor in static if tensor.requires_grad]
-        torch.autograd.grad(drawn, leaves, [torch.zeros_like(weights) for weights in drawn], allow_unused=True)
+        if drawn:
+            leaves = [tensor for tensor in static if tensor.requires_grad]
+            torch.autograd.grad(drawn, leaves, [torch.zeros_like(weights) for weights in drawn], allow_unused=True)
     torch.cuda.current_stream().wait_stream(stream)
