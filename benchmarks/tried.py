@@ -112,8 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := set(arguments.tasks or ()) - tried.keys():
         parser.error(f"{arguments.tuning} has no runs of {', '.join(sorted(missing))}: it has {', '.join(tried)}")
     tried = {task: of for task, of in tried.items() if task in (arguments.tasks or tried)}
-    write_text_atomic(arguments.out / "tried.md", markdown(tried))
-    draw(tried, arguments.out / "tried.png")
+    try:
+        write_text_atomic(arguments.out / "tried.md", markdown(tried))
+        draw(tried, arguments.out / "tried.png")
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,7 +71,7 @@ def has_ended(job: Job) -> bool:
     if not (has_results or (job.folder / DIVERGED_FILE).exists()):
         return False
     if made.exists():
-        differing = by_key(json.loads(made.read_text())).items() ^ by_key(job.overrides).items()
+        differing = by_key(_read(made)).items() ^ by_key(job.overrides).items()
         other = " ".join(f"{key}={value}" for key, value in sorted(differing) if not key.startswith(MOVED))
         if other:
             raise ValueError(f"{job.folder} holds a run with other settings ({other}): use another folder")
@@ -97,8 +97,15 @@ def by_key(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def tuned(job: Job) -> dict[str, float]:
-    """Metrics on validation data of a finished run that is not for test."""
-    return json.loads((job.folder / TUNED).read_text())
+    """Metrics on validation data of a finished run that is not for test; ValueError if the file is damaged."""
+    return _read(job.folder / TUNED)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder, and the run is made again") from error
 
 
 def execute(job: Job) -> None:

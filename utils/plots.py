@@ -85,11 +85,15 @@ def plot_reliability(run_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If the run has written no `reliability.json`.
+        ValueError: If that is damaged.
     """
     path = Path(run_dir) / RELIABILITY_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} has no {RELIABILITY_FILE}: it is written by a run's final evaluation")
-    diagrams = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        diagrams = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): evaluate the run anew") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(diagrams), 5.2), layout="constrained")
         grid = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, height_ratios=(3, 1))
@@ -176,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for label, run_dir in zip(labels, options.run_dir, strict=True):
                 runs.setdefault(label, []).append(run_dir)
             print(plot_learning_comparison(runs, options.compare))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bnn.lora import check_plain
+from bnn.lora import active_adapters, check_plain
 from bnn.methods.base import Method, Schedule, check_targets, trainable
 from bnn.methods.blob_layer import BLoBA, RandomA
 from bnn.noise import draw_noise
@@ -138,9 +138,10 @@ class RandomAMethod(Method):
         """See ``Method.sample``. Noise is drawn sample by sample for all layers, so the split of n does not matter.
 
         Raises:
-            ValueError: for n < 1, without a random layer, for a merged adapter, or inside another sample.
+            ValueError: for n < 1, without an active random layer, for a merged adapter, or inside another sample.
         """
-        layers = [layer for _, layer in random_layers(model)]
+        active = {id(layer.lora_A[name]) for _, layer, name in active_adapters(model) if name in layer.lora_A}
+        layers = [layer for _, layer in random_layers(model) if id(layer) in active]
         if n < 1 or not layers:
             raise ValueError(f"expected n >= 1 draws of at least one random layer, got n={n}, {len(layers)} layers")
         if any(getattr(module, "merged_adapters", None) for module in model.modules()):

@@ -389,6 +389,10 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     workers.write_json_atomic(tmp_path / workers.SETTINGS, ["opt.lr=1"])
     with pytest.raises(ValueError, match=r"other settings \(opt.lr=1 opt.lr=2\): use another folder"):
         workers.is_finished(Job(tmp_path, ("++opt.lr=2",), False))
+    for name, read in ((workers.TUNED, workers.tuned), (workers.SETTINGS, workers.is_finished)):
+        (tmp_path / name).write_text('{"acc": ')
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name} is damaged .*: remove its folder"):
+            read(job)
 
 
 def test_a_folder_may_be_moved_with_its_data_and_weights(tmp_path):

@@ -121,6 +121,18 @@ def test_command(tmp_path, capsys):
     assert all(Path(path).stat().st_size > 1000 for path in printed)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", '{"mean": {"ece": 0.1'])
+def test_a_damaged_file_and_a_place_that_cannot_be_written_are_named(tmp_path, capsys, text):
+    write_run(tmp_path)
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(SystemExit):
+        plots.main([str(tmp_path)])
+    assert "curves.png" in capsys.readouterr().err
+    (tmp_path / "reliability.json").write_text(text)
+    with pytest.raises(ValueError, match=r"reliability\.json is damaged"):
+        plots.plot_reliability(tmp_path)
+
+
 def test_command_on_a_folder_that_is_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         plots.main([str(tmp_path)])

@@ -16,7 +16,10 @@ def has_weights(folder: Path) -> bool:
             return True
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):  # damaged
+                return False
             return all((folder / shard).is_file() for shard in shards)
     return False
 

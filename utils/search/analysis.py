@@ -37,8 +37,22 @@ def hypervolume_curves(
         values, numbers = costs(points[label], objectives), np.array([point.number for point in points[label]])
         ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
         counted = [trial.number for trial in ended if not is_lost(trial)]
-        curves[label] = [hypervolume(values[numbers <= number], corner) for number in counted]
+        curves[label] = _running_hypervolume(values, numbers, counted, corner)
     return curves
+
+
+def _running_hypervolume(
+    values: np.ndarray, numbers: np.ndarray, counted: Sequence[int], corner: np.ndarray
+) -> list[float]:
+    """After each counted trial that of the front so far, computed anew only where a trial has moved the front."""
+    curve, front, volume = [], values[:0], 0.0
+    for number in counted:
+        for point in values[numbers == number]:
+            if not (front <= point).all(axis=1).any():
+                front = np.vstack([front[~(point <= front).all(axis=1)], point])
+                volume = hypervolume(front, corner)
+        curve.append(volume)
+    return curve
 
 
 def importances(study: Study, objectives: Sequence[str]) -> dict[str, dict[str, float]]:

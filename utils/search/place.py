@@ -27,7 +27,7 @@ def check_place(folder: Path, location: str, name: str, attributes: Mapping[str,
     Raises:
         ValueError: naming the other study or folder.
     """
-    held = (folder / RECORD).read_text() if (folder / RECORD).is_file() else None
+    held = (folder / RECORD).read_text(errors="replace") if (folder / RECORD).is_file() else None
     if held not in (None, str(name)):
         raise ValueError(f"{folder} holds the study {held}: choose another paths.output_dir for {name}")
     if attributes is None and (held or (folder / "trials").exists()):

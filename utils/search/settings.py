@@ -51,8 +51,10 @@ def check_search(values: Mapping[str, Any]) -> None:
         value = _get(search, f"reference.{name}")
         if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
             raise ValueError(f"search.reference.{name}={value}: expected a finite number or null")
-    for key in ("name", "storage"):
-        if _get(search, key) in (None, ""):
+    for key in ("name", "storage", "compare"):
+        value = _get(search, key)
+        is_text = isinstance(value, str) or (key == "name" and isinstance(value, int | float))
+        if value == "" or not (is_text or (key == "compare" and value is None)):
             raise ValueError(f"search.{key}={search[key]}: expected a text, or leave it out")
     if search["trials"] is None and search["seconds"] is None:
         raise ValueError("search.trials=null and search.seconds=null would never end: set one of them")

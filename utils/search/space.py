@@ -116,8 +116,14 @@ def _check_range(key: str, entry: Mapping[str, Any], kinds: Any) -> None:
     if not numbers or not low < high or (entry.get("log") and low <= 0):
         wanted = "low < high of that type, both above 0 with log"
         raise ValueError(f"search.space.{key}: low={low}, high={high}: expected {wanted}")
-    if entry.get("log") and "step" in entry:
-        raise ValueError(f"search.space.{key} has both log and step: leave one out")
+    if not isinstance(entry.get("log", False), bool):
+        raise ValueError(f"search.space.{key}: log={entry['log']}: expected true or false")
+    if "step" in entry:
+        step = entry["step"]
+        if not isinstance(step, kinds) or isinstance(step, bool) or not 0 < step <= high - low:
+            raise ValueError(f"search.space.{key}: step={step}: expected one of that type, above 0, at most high - low")
+        if entry.get("log"):
+            raise ValueError(f"search.space.{key} has both log and step: leave one out")
 
 
 def _check_choices(key: str, choices: Any) -> None:

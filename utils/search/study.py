@@ -30,6 +30,8 @@ REASON, FINGERPRINT, VALUES, METRICS = "reason", "fingerprint", "values", "metri
 """User attributes of trials and studies."""
 NOT_ALWAYS_RECORDED = ("search.sampler", "search.seed")
 """Settings that studies of earlier versions do not name: they go on with any, and name them from then on."""
+_IS_FIXED = re.compile(r"search\.space\..*\.(type|choices)$")
+"""Settings that Optuna keeps for a study's life: what kind of values a key may have."""
 NAMELESS_SECONDS = 60
 """A running trial that after so long bears no worker's name was lost in its first moment."""
 
@@ -94,8 +96,8 @@ def open_study(
         sampler: Proposes trials.
         fingerprint: Flat settings that must be those the study began with.
         folder: Where the study works, and no other.
-        alone: Whether no other process works on it. Then it may have other settings after all, but for its objectives,
-            if all of its trials have failed: what was wrong with them is put right.
+        alone: Whether no other process works on it. Then it may have other settings after all, but for its objectives
+            and what kind of values a key may have, if all of its trials have failed: what was wrong is put right.
 
     Raises:
         ValueError: If the study began with other settings or in another folder, or if the folder holds another study.
@@ -104,18 +106,21 @@ def open_study(
         mend(Path(location))
     directions: Any = ["maximize" if SIGNS[objective] < 0 else "minimize" for objective in objectives]
     storage = open_storage(location)
-    known = {s.study_name: s.user_attrs for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
-    check_place(folder, location, name, known.get(name))
+    summaries = {str(s.study_name): s for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+    name = str(name)  # a number to Hydra, maybe
+    known = summaries.get(name)
+    stored = known.study_name if known else name  # a journal may hold the number
+    check_place(folder, location, name, known.user_attrs if known else None)
     later = {key: value for key, value in fingerprint.items() if key in NOT_ALWAYS_RECORDED}
-    begun = later | known.get(name, {}).get(FINGERPRINT, fingerprint)
-    kept = "search.objectives"
-    may_differ = alone and begun[kept] == fingerprint[kept]
+    begun = later | (known.user_attrs if known else {}).get(FINGERPRINT, fingerprint)
+    kept = ["search.objectives", *(key for key in begun.keys() & fingerprint.keys() if _IS_FIXED.match(key))]
+    may_differ = alone and all(begun[key] == fingerprint[key] for key in kept)
     others = differing(begun, fingerprint)
-    if others and not (may_differ and _in_vain(optuna.load_study(study_name=name, storage=storage))):
+    if others and not (may_differ and _in_vain(optuna.load_study(study_name=stored, storage=storage))):
         remedy = "go on with the settings there, or use another search.name and paths.output_dir"
         raise ValueError(f"study {name} began otherwise: {', '.join(others)}; {remedy}")
     study = optuna.create_study(
-        storage=storage, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
+        storage=storage, sampler=sampler, study_name=stored, directions=directions, load_if_exists=True
     )
     if study.user_attrs.get(FINGERPRINT) != fingerprint:
         study.set_user_attr(FINGERPRINT, dict(fingerprint))

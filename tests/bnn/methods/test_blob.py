@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from bnn_cases import Rows, score, seeded
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from bnn.methods.base import Schedule, trainable
@@ -162,6 +162,11 @@ def test_what_cannot_work_is_refused(make_llama, ids, tmp_path):
         method.start(model, Schedule(3, 10, 80))
     with method.sample(model, 1, None), pytest.raises(ValueError, match="already live"), method.sample(model, 1, None):
         pass
+    model.add_adapter("plain", LoraConfig(**LORA))
+    model.set_adapter("plain")
+    with pytest.raises(ValueError, match="at least one random layer"), method.sample(model, 1, None):
+        pass
+    model.set_adapter("default")
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"), method.sample(model, 1, None):
         pass

@@ -75,6 +75,14 @@ def test_separable_data_end_at_a_bound(answer, bound):
     assert fit_temperature(torch.eye(2)[None], torch.tensor(answer), 7.0) == pytest.approx(bound)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_ends_the_fit(value):
+    scores = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    scores[1, 4, 0] = value
+    with pytest.raises(FloatingPointError, match="example 4"):
+        fit_temperature(scores, torch.zeros(6, dtype=torch.long), 100.0)
+
+
 def test_fit_minimises_the_validation_nll_and_predictions_are_divided(model):
     method, data = Temperature(100.0), data_of(model)
     answer = torch.cat([batch.answer for batch in data.validation])

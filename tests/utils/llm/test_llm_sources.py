@@ -115,9 +115,15 @@ def test_a_folder_has_no_revision(model_folder, tmp_path):
         find_source(str(model_folder), cache_dir=tmp_path, revision="v2")
 
 
-def test_a_missing_shard_is_seen(model_folder, tmp_path):
+@pytest.mark.parametrize(
+    "index",
+    [
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
+        *("{}", '{"weight_map": {"a', "[]"),
+    ],
+)
+def test_a_missing_shard_and_a_damaged_index_are_seen(model_folder, tmp_path, index):
     (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00002.safetensors")
-    index = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     (model_folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(LLMLoadError, match="not a whole model"):
         find_source(str(model_folder), cache_dir=tmp_path)

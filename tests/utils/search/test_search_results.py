@@ -14,8 +14,8 @@ from utils.run import RunLogger
 from utils.search import figures
 from utils.search.analysis import FEWEST, hypervolume_curves, importances
 from utils.search.results import final_test, mean_sd, write_front
-from utils.search.selection import Point
-from utils.search.study import METRICS, VALUES
+from utils.search.selection import Point, costs, hypervolume
+from utils.search.study import METRICS, VALUES, points_of
 
 ROWS = [(0.8, 0.30, 0.6), (0.9, 0.40, 0.5), (0.7, 0.10, 0.7), (0.6, 0.35, 0.9)]  # acc, ece, nll; the last is dominated
 POINTS = [
@@ -98,6 +98,14 @@ def test_hypervolume_after_each_trial_towards_a_common_corner():
     assert curves["b"] == pytest.approx([0.0, 0.1 * 0.1])
     given = hypervolume_curves({"a": make_study(ROWS[:1])}, ["acc", "ece"], {"acc": 0.5, "ece": 1.0})
     assert given["a"] == pytest.approx([0.3 * 0.7])
+
+
+def test_hypervolume_by_the_front_so_far_is_that_of_all_points():
+    rows = np.random.default_rng(0).uniform(0.1, 0.9, (40, 3)).round(1).tolist()
+    study, names = make_study(rows), ["acc", "ece"]
+    curve = hypervolume_curves({"a": study}, names, {"acc": 0.1, "ece": 1.0})["a"]
+    points = costs(points_of(study), names)
+    assert curve == pytest.approx([hypervolume(points[: k + 1], np.array([-0.1, 1.0])) for k in range(len(rows))])
 
 
 def test_pruned_trials_count_in_the_curve_and_neither_lost_nor_running_ones_do():

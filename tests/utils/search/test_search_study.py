@@ -103,10 +103,23 @@ def test_failures_in_a_row_end_the_study(tmp_path):
     assert len(study.trials) == 2
 
 
-def test_a_study_of_failures_alone_goes_on_with_what_was_wrong_put_right(tmp_path):
-    def broken(trial: optuna.Trial) -> list[float]:
-        raise ValueError("no such file")
+def broken(trial: optuna.Trial) -> list[float]:
+    raise ValueError("no such file")
 
+
+@pytest.mark.parametrize("change", [{"type": "float"}, {"choices": [1, 3]}])
+def test_a_study_of_failures_keeps_the_kinds_of_its_values(tmp_path, change):
+    def begun(**entry: Any) -> dict[str, Any]:
+        return {f"search.space.x.{key}": value for key, value in entry.items()}
+
+    worker, entry = Worker(tmp_path), {"type": "int", "low": 0, "choices": [1, 2]}
+    run(open_at(tmp_path, worker, **begun(**entry)), worker, 2, broken)
+    with pytest.raises(ValueError, match=rf"study s began otherwise: search\.space\.x\.{next(iter(change))} is"):
+        open_at(tmp_path, worker, alone=True, **begun(**entry | change))
+    open_at(tmp_path, worker, alone=True, **begun(**entry | {"low": 1}))
+
+
+def test_a_study_of_failures_alone_goes_on_with_what_was_wrong_put_right(tmp_path):
     worker = Worker(tmp_path)
     run(open_at(tmp_path, worker, file="a"), worker, 2, broken)
     other = Worker(tmp_path)
@@ -297,6 +310,17 @@ def test_an_optuna_url_is_a_storage_too(tmp_path):
     study = open_study(f"sqlite:///{tmp_path}/study.db", "s", OBJECTIVES, sampler, settings, tmp_path)
     run(study, worker, 2)
     assert len(load_compared(f"sqlite:///{tmp_path}/study.db", OBJECTIVES).trials) == 2
+
+
+@pytest.mark.parametrize("location", ["sqlite:///{}/study.db", "{}/journal.log"])
+def test_a_name_that_is_a_number_is_found_again(tmp_path, location):
+    worker = Worker(tmp_path)
+    settings = {"search.objectives": OBJECTIVES}
+    for count in (1, 2):
+        sampler = NumberedSampler("random", 0, 3, worker.name)
+        study = open_study(location.format(tmp_path), 5, OBJECTIVES, sampler, settings, tmp_path)  # type: ignore[arg-type]
+        run(study, worker, count)
+        assert len(study.trials) == count
 
 
 def test_a_proposal_is_not_made_twice(tmp_path, monkeypatch):
