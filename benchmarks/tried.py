@@ -9,7 +9,6 @@ per setting). A setting counts once, with the mean over the seeds it was trained
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import matplotlib
 
 from benchmarks import tuning
+from benchmarks.options import one_line_errors
 from benchmarks.tuning import NAMES, REMEDY, BySeed
 from utils.markdown import markdown_table
 from utils.plots import STYLE, TITLES, line_look, save_figure
@@ -105,18 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", help="all if absent")
     parser.add_argument("--out", type=Path, default=Path())
     arguments = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         tried = read(arguments.tuning)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if missing := set(arguments.tasks or ()) - tried.keys():
-        parser.error(f"{arguments.tuning} has no runs of {', '.join(sorted(missing))}: it has {', '.join(tried)}")
-    tried = {task: of for task, of in tried.items() if task in (arguments.tasks or tried)}
-    try:
+        if missing := set(arguments.tasks or ()) - tried.keys():
+            parser.error(f"{arguments.tuning} has no runs of {', '.join(sorted(missing))}: it has {', '.join(tried)}")
+        tried = {task: of for task, of in tried.items() if task in (arguments.tasks or tried)}
         write_text_atomic(arguments.out / "tried.md", markdown(tried))
         draw(tried, arguments.out / "tried.png")
-    except OSError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

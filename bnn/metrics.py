@@ -193,8 +193,8 @@ def evaluate_predictions(logits: Tensor, answer: Tensor) -> dict[str, float]:
     }
 
 
-def _sample_log_probs(logits: Tensor) -> Tensor:
-    """Normalise the scores of each sample over the choices: (S, N, C) float64; raises on bad scores."""
+def check_scores(logits: Tensor) -> None:
+    """Refuse scores (S, N, C) that ``predictive_log_probs`` refuses, with its errors."""
     if logits.ndim != 3 or 0 in logits.shape:
         raise ValueError(f"logits have shape {tuple(logits.shape)}: expected (samples, examples, choices), none 0")
     absent = logits == -math.inf
@@ -209,6 +209,11 @@ def _sample_log_probs(logits: Tensor) -> Tensor:
     empty = absent.all(dim=2).any(dim=0)
     if empty.any():
         raise ValueError(f"example {int(empty.nonzero()[0])} has no choice: all its scores are -inf")
+
+
+def _sample_log_probs(logits: Tensor) -> Tensor:
+    """Normalise the scores of each sample over the choices: (S, N, C) float64; raises on bad scores."""
+    check_scores(logits)
     return torch.log_softmax(logits.double(), dim=-1)
 
 

@@ -15,9 +15,9 @@ ALPHA = 0.05
 N_BINS = 15
 """Equal-width confidence bins of the ECE."""
 RESAMPLES = 200
+"""Bootstrap resamples of the examples behind the standard error of an ECE difference."""
 TIE = 1e-12
 """Mean differences up to this are rounding."""
-"""Bootstrap resamples of the examples behind the standard error of an ECE difference."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,8 +140,8 @@ class RandomAMethod(Method):
         Raises:
             ValueError: for n < 1, without an active random layer, for a merged adapter, or inside another sample.
         """
-        active = {id(layer.lora_A[name]) for _, layer, name in active_adapters(model) if name in layer.lora_A}
-        layers = [layer for _, layer in random_layers(model) if id(layer) in active]
+        active = [layer.lora_A[name] for _, layer, name in active_adapters(model) if name in layer.lora_A]
+        layers = [layer for layer in active if isinstance(layer, RandomA)]
         if n < 1 or not layers:
             raise ValueError(f"expected n >= 1 draws of at least one random layer, got n={n}, {len(layers)} layers")
         if any(getattr(module, "merged_adapters", None) for module in model.modules()):

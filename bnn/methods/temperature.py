@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnn.methods.base import FitData, Method, Schedule, Score
 from bnn.methods.mle import MLE
-from bnn.metrics import predictive_log_probs
+from bnn.metrics import check_scores
 
 FILE = "temperature.json"
 HALVINGS = 60
@@ -121,7 +121,7 @@ def fit_temperature(scores: Tensor, answer: Tensor, maximum: float) -> float:
     Raises:
         FloatingPointError: for a score that is NaN or +inf, naming the example.
     """
-    predictive_log_probs(scores)  # else a NaN would look like a temperature that is too high
+    check_scores(scores)  # else a NaN would look like a temperature that is too high
     scores = scores.double()
     finite = scores.nan_to_num(neginf=0.0)  # an absent choice has probability 0, and 0 * -inf is no number
     index = answer.expand(len(scores), -1)[..., None]

@@ -1,5 +1,6 @@
 """Rules for honest splits: what serves as validation and test, disjointness, seeded subsets."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,9 @@ def labelled(split: RawSplit | None) -> RawSplit | None:
     return split
 
 
-def resolve(sources: Mapping[str, RawSplit | None], validation_fraction: float, seed: int) -> Splits:
+def resolve(
+    sources: Mapping[str, RawSplit | None], validation_fraction: float, seed: int, phrases: str | None = None
+) -> Splits:
     """Decide what serves as train, validation and test.
 
     A split with hidden labels counts as absent. Where test is absent, validation serves as test; where
@@ -55,6 +58,7 @@ def resolve(sources: Mapping[str, RawSplit | None], validation_fraction: float, 
         sources: The source's `train`, `validation` and `test`, None where absent.
         validation_fraction: Share of train that becomes validation where there is none, in (0, 1).
         seed: Seed of the carve.
+        phrases: Field of which training rows may hold a part of another row's, which a carve then keeps together.
 
     Raises:
         DataError: If nothing can serve as test, a training split has no labels, or is too small to carve from.
@@ -81,7 +85,8 @@ def resolve(sources: Mapping[str, RawSplit | None], validation_fraction: float, 
         validation_questions = validation.questions
         notes.append(f"validation: {validation.origin} ({len(validation_questions)})")
     else:
-        train_questions, validation_questions = carve(train_questions, validation_fraction, seed)
+        grouped = with_whole_sentences(train_questions, phrases) if phrases else train_questions
+        train_questions, validation_questions = carve(grouped, validation_fraction, seed)
         notes.append(f"validation: {len(validation_questions)} carved from train with seed {seed}")
     notes.append(f"train: {train.origin if train else 'none'} ({len(train_questions)})")
     return Splits(train_questions, validation_questions, test.questions, notes)
@@ -138,11 +143,10 @@ def with_whole_sentences(questions: Sequence[Question], field: str) -> list[Ques
     whole: dict[tuple[str, ...], tuple[str, ...] | None] = dict.fromkeys(words)
     for longest in sorted(whole, key=len, reverse=True):
         if whole[longest] is None:  # else its parts are those of a longer one too
-            for start in range(len(longest)):
-                for end in range(start + 1, len(longest) + 1):
-                    part = longest[start:end]
-                    if part in whole and whole[part] is None:
-                        whole[part] = longest
+            for start, end in itertools.combinations(range(len(longest) + 1), 2):
+                part = longest[start:end]
+                if part in whole and whole[part] is None:
+                    whole[part] = longest
     of = (" ".join(whole[own] or own) for own in words)
     return [replace(question, groups=(*question.groups, own)) for question, own in zip(questions, of, strict=True)]
 

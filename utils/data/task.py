@@ -11,7 +11,7 @@ from utils.data.parsers import get_parser
 from utils.data.prompts import render
 from utils.data.quiz import quiz_questions
 from utils.data.source import Rows, open_source, parse_rows, read_jsonl
-from utils.data.splits import RawSplit, labelled, resolve, subset, with_whole_sentences, without
+from utils.data.splits import RawSplit, labelled, resolve, subset, without
 
 SPLITS = ("train", "validation", "test")
 PHRASES = {"sst2": "sentence"}
@@ -94,7 +94,7 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most:
         sources, ood_questions, notes = _files(config)
     else:
         sources, ood_questions, notes = _benchmark(config, data_dir)
-    splits = resolve(sources, config.validation_fraction, seed)
+    splits = resolve(sources, config.validation_fraction, seed, PHRASES.get(config.schema))
     notes = splits.notes + notes
 
     validation = without(splits.validation, splits.test, *ood_questions.values())
@@ -202,7 +202,4 @@ def _benchmark(config: TaskConfig, data_dir: str | Path) -> Loaded:
 
 
 def _parse(rows: Rows, config: TaskConfig, split: str) -> RawSplit:
-    questions = parse_rows(rows, get_parser(config.schema), split, len(config.labels))
-    if split == "train" and config.schema in PHRASES:
-        questions = with_whole_sentences(questions, PHRASES[config.schema])
-    return RawSplit(questions, rows.origin)
+    return RawSplit(parse_rows(rows, get_parser(config.schema), split, len(config.labels)), rows.origin)

@@ -8,7 +8,7 @@ from optuna import Study
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from utils.search.selection import SIGNS, costs, hypervolume
+from utils.search.selection import SIGNS, costs, hypervolume, pareto_mask
 from utils.search.study import is_lost, points_of
 
 FEWEST = 4
@@ -47,10 +47,11 @@ def _running_hypervolume(
     """After each counted trial that of the front so far, computed anew only where a trial has moved the front."""
     curve, front, volume = [], values[:0], 0.0
     for number in counted:
-        for point in values[numbers == number]:
-            if not (front <= point).all(axis=1).any():
-                front = np.vstack([front[~(point <= front).all(axis=1)], point])
-                volume = hypervolume(front, corner)
+        tried = np.vstack([front, values[numbers == number]])
+        kept = pareto_mask(tried)
+        if kept[len(front) :].any():
+            front = tried[kept]
+            volume = hypervolume(front, corner)
         curve.append(volume)
     return curve
 

@@ -28,7 +28,7 @@ def check_place(folder: Path, location: str, name: str, attributes: Mapping[str,
         ValueError: naming the other study or folder.
     """
     held = (folder / RECORD).read_text(errors="replace") if (folder / RECORD).is_file() else None
-    if held not in (None, str(name)):
+    if held not in (None, name):
         raise ValueError(f"{folder} holds the study {held}: choose another paths.output_dir for {name}")
     if attributes is None and (held or (folder / "trials").exists()):
         remedy = "choose another paths.output_dir, or move it away"

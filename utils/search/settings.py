@@ -20,6 +20,8 @@ COUNTS = {
 """Whole numbers and their lowest value."""
 NUMBERS = {"seconds": 0.0, "prune.factor": 1.0, "select.acc_within": 0.0}
 """Numbers and their lowest value."""
+TEXTS: dict[str, Any] = {"name": str | int | float, "storage": str, "compare": str | None}
+"""Texts, of which a name may read as a number."""
 MAY_BE_NULL = ("trials", "max_failures", "seconds", "prune.factor")
 NOT_TRAINING = ("search", "search_space", "paths.output_dir", "resume", "overwrite", "hydra")
 
@@ -51,10 +53,8 @@ def check_search(values: Mapping[str, Any]) -> None:
         value = _get(search, f"reference.{name}")
         if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
             raise ValueError(f"search.reference.{name}={value}: expected a finite number or null")
-    for key in ("name", "storage", "compare"):
-        value = _get(search, key)
-        is_text = isinstance(value, str) or (key == "name" and isinstance(value, int | float))
-        if value == "" or not (is_text or (key == "compare" and value is None)):
+    for key, types in TEXTS.items():
+        if not isinstance(_get(search, key), types) or search[key] == "":
             raise ValueError(f"search.{key}={search[key]}: expected a text, or leave it out")
     if search["trials"] is None and search["seconds"] is None:
         raise ValueError("search.trials=null and search.seconds=null would never end: set one of them")

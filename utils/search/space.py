@@ -112,15 +112,18 @@ def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, d
 
 def _check_range(key: str, entry: Mapping[str, Any], kinds: Any) -> None:
     low, high = entry["low"], entry["high"]
-    numbers = all(isinstance(value, kinds) and not isinstance(value, bool) for value in (low, high))
-    if not numbers or not low < high or (entry.get("log") and low <= 0):
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    if not (is_number(low) and is_number(high)) or not low < high or (entry.get("log") and low <= 0):
         wanted = "low < high of that type, both above 0 with log"
         raise ValueError(f"search.space.{key}: low={low}, high={high}: expected {wanted}")
     if not isinstance(entry.get("log", False), bool):
         raise ValueError(f"search.space.{key}: log={entry['log']}: expected true or false")
     if "step" in entry:
         step = entry["step"]
-        if not isinstance(step, kinds) or isinstance(step, bool) or not 0 < step <= high - low:
+        if not is_number(step) or not 0 < step <= high - low:
             raise ValueError(f"search.space.{key}: step={step}: expected one of that type, above 0, at most high - low")
         if entry.get("log"):
             raise ValueError(f"search.space.{key} has both log and step: leave one out")

@@ -107,12 +107,12 @@ def open_study(
     directions: Any = ["maximize" if SIGNS[objective] < 0 else "minimize" for objective in objectives]
     storage = open_storage(location)
     summaries = {str(s.study_name): s for s in optuna.get_all_study_summaries(storage, include_best_trial=False)}
-    name = str(name)  # a number to Hydra, maybe
+    name = str(name)  # a number to Hydra, maybe, and so in a journal
     known = summaries.get(name)
-    stored = known.study_name if known else name  # a journal may hold the number
-    check_place(folder, location, name, known.user_attrs if known else None)
+    stored, attributes = (known.study_name, known.user_attrs) if known else (name, None)
+    check_place(folder, location, name, attributes)
     later = {key: value for key, value in fingerprint.items() if key in NOT_ALWAYS_RECORDED}
-    begun = later | (known.user_attrs if known else {}).get(FINGERPRINT, fingerprint)
+    begun = later | (attributes or {}).get(FINGERPRINT, fingerprint)
     kept = ["search.objectives", *(key for key in begun.keys() & fingerprint.keys() if _IS_FIXED.match(key))]
     may_differ = alone and all(begun[key] == fingerprint[key] for key in kept)
     others = differing(begun, fingerprint)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from bnn_cases import Rows, score
+from bnn_cases import Rows, score, seeded
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
@@ -77,7 +77,7 @@ def test_separable_data_end_at_a_bound(answer, bound):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_ends_the_fit(value):
-    scores = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(2, 6, 3, generator=seeded())
     scores[1, 4, 0] = value
     with pytest.raises(FloatingPointError, match="example 4"):
         fit_temperature(scores, torch.zeros(6, dtype=torch.long), 100.0)
