@@ -44,6 +44,8 @@ def test_means_over_tasks_and_their_error_over_seeds():
         for found in rows:
             found.nll_scaled, found.ece_scaled = found.nll - 0.1, 0.05
     assert summary.means(tasks, "sgp", summary.SCALED) == "0.400 ± 0.029 / 5.0 ± 0.0"
+    del tasks["b"]["sgp"]
+    assert summary.means(tasks, "sgp", ("nll",)) == "", "of a method that a task lacks"
 
 
 @pytest.fixture
@@ -88,6 +90,6 @@ def test_documents_have_what_the_results_give(tmp_path, capsys):
     counted, *averaged = capsys.readouterr().out.split("\n\n")
     readme, comparison = ((ROOT / name).read_text() for name in ("README.md", "benchmarks/results/COMPARISON.md"))
     assert counted in readme
-    assert len(averaged) == 3
+    assert len(averaged) == 4
     assert all(table.strip() in comparison for table in averaged)
     assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")
