@@ -16,6 +16,7 @@ from statistics import fmean
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks.options import one_line_errors
 from benchmarks.tried import FOREMOST
 from utils.markdown import markdown_table
 from utils.plots import COLOURS, STYLE, TITLES, drawn_line_look, save_figure
@@ -125,12 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("after", type=Path, help="results.csv of benchmarks.longer")
     parser.add_argument("--out", type=Path, default=Path())
     arguments = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         tasks = read(arguments.before, arguments.after)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    write_text_atomic(arguments.out / "longer.md", markdown(tasks))
-    draw(tasks, arguments.out / "longer.png")
+        write_text_atomic(arguments.out / "longer.md", markdown(tasks))
+        draw(tasks, arguments.out / "longer.png")
 
 
 if __name__ == "__main__":

@@ -252,16 +252,20 @@ def test_table_and_figure(reports, tmp_path):
     assert (tmp_path / "out" / "longer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_reports_that_do_not_belong_together(reports, tmp_path, capsys):
+def test_reports_that_do_not_belong_together(reports, tmp_path):
     other = tmp_path / "other.csv"
     write_csv(other, [dataclasses.replace(ROW, task="cola", seed=seed) for seed in (0, 1)])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="share no task and method of m with two seeds"):
         longer_report.main([reports[0], str(other)])
-    assert "share no task and method of m with two seeds" in capsys.readouterr().err
     write_csv(other, [ROW, dataclasses.replace(ROW, model="n")])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"is of several models \(m, n\): report one at a time"):
         longer_report.main([reports[0], str(other)])
-    assert "is of several models (m, n): report one at a time" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written(reports, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"file.*: correct this path"):
+        longer_report.main([*reports, "--out", str(tmp_path / "file")])
 
 
 def test_tasks_go_below_where_there_are_many(tmp_path, monkeypatch):

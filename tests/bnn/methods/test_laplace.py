@@ -183,6 +183,15 @@ def test_draws_have_the_moments(generator):
     torch.testing.assert_close(draws[:, :2].T.cov(), covariance[0, :2, :2], rtol=0, atol=0.08)
 
 
+def test_draws_without_a_generator_follow_the_global_one():
+    mean, covariance = torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3)
+    torch.manual_seed(0)
+    first = draw(mean, covariance, 4, None)
+    assert not torch.equal(draw(mean, covariance, 4, None), first)
+    torch.manual_seed(0)
+    assert torch.equal(draw(mean, covariance, 4, None), first)
+
+
 def test_predictions_do_not_depend_on_the_batches_and_keep_absent_choices(model, ids):
     laplace = fitted(model, ids)
     whole = predict(laplace, model, [batch_of(ids)], 6)

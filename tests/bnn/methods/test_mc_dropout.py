@@ -72,9 +72,12 @@ def test_only_the_adapters_dropout_changes_mode_and_is_restored(model, training)
     modes = {name: m.training for name, m in model.named_modules()}
     dropouts = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" in name]
     assert len(dropouts) == 4
-    context = MCDropout(0.3).sample(model, 1, seeded())
+    generator = seeded()
+    untouched = generator.get_state()
+    context = MCDropout(0.3).sample(model, 1, generator)
     context.__enter__()
     inside = {name: m.training for name, m in model.named_modules()}
+    assert torch.equal(generator.get_state(), untouched) is training, "training draws from the global generators"
     assert not context.__exit__(KeyError, KeyError(), None)  # also when the body fails
     assert inside == modes | dict.fromkeys(dropouts, True)
     assert {name: m.training for name, m in model.named_modules()} == modes
