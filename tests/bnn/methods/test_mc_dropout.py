@@ -13,7 +13,6 @@ from bnn.methods.mle import MLE
 LORA = {
     "r": 4,
     "lora_alpha": 8,
-    "lora_dropout": 0.0,
     "target_modules": ["q_proj", "v_proj"],
     "task_type": "CAUSAL_LM",
 }
