@@ -70,7 +70,7 @@ class Example:
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2:
-            raise DataError(f"example {self.id!r}: {len(self.choices)} choices; at least 2 are needed")
+            raise DataError(f"example {self.id!r}: choices: {len(self.choices)}; at least 2 are needed")
         if not 0 <= self.answer < len(self.choices):
             raise DataError(f"example {self.id!r}: answer {self.answer} is not in 0..{len(self.choices) - 1}")
         if not all(choice.text.strip() for choice in self.choices):

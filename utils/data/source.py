@@ -1,5 +1,6 @@
 """Where rows come from: JSON lines under the data folder, else the Hugging Face hub."""
 
+import http.client
 import json
 import re
 import urllib.error
@@ -87,7 +88,7 @@ def parse_rows(rows: Rows, parser: Parser, split: str, classes: int) -> list[Que
 
 def _check_answer(question: Question, count: int) -> None:
     if count < 2:
-        raise DataError(f"{count} choices; at least 2 are needed")
+        raise DataError(f"choices: {count}; at least 2 are needed")
     if question.answer is not None and not 0 <= question.answer < count:
         raise DataError(f"answer {question.answer} is not in 0..{count - 1}")
 
@@ -139,6 +140,6 @@ def hub_reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # nobody, no such address, no HTTP
         return False
     return True

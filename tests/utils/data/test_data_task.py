@@ -1,3 +1,5 @@
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import datasets
@@ -252,6 +254,46 @@ def test_offline_mode_asks_the_cache_without_a_probe(tmp_path, monkeypatch):
     assert task.test[0].prompt == "p\nQuestion: q?\nAnswer:"
     assert task.test[0].answer == 1
     assert any("hub google/boolq train" in note for note in task.notes)
+
+
+class Answer(BaseHTTPRequestHandler):
+    """A page, and nothing else."""
+
+    def do_HEAD(self):
+        self.send_response(200 if self.path == "/there" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_hub_is_reachable_if_it_answers_at_all(server):
+    assert source.hub_reachable(f"{server}/there")
+    assert source.hub_reachable(f"{server}/not_there")
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "hub.example", "http://127.0.0.1:x"])
+def test_a_hub_that_cannot_be_reached(endpoint, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    assert not source.hub_reachable(endpoint)
+
+
+def test_a_single_choice_is_refused(tmp_path, write_rows):
+    choices = {"label": ["A"], "text": ["only"]}
+    write_rows("ai2_arc/ARC-Easy/test.jsonl", [{"id": "1", "question": "q", "choices": choices, "answerKey": "A"}])
+    with pytest.raises(DataError, match=r"test\.jsonl:1: choices: 1; at least 2 are needed"):
+        load_task(dset("arc_e"), tmp_path, seed=0)
 
 
 def test_hub_errors_become_one_line(tmp_path, monkeypatch):
