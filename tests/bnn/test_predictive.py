@@ -40,6 +40,13 @@ def test_without_draws_it_is_the_posterior_mean(make_adapted, ids):
     assert not got.requires_grad
 
 
+def test_a_single_draw_is_the_first_of_the_generator(make_adapted, ids):
+    model = make_adapted()
+    got = predicted(model, [Rows(ids)], 1)
+    with torch.no_grad(), bnn.sample(model, 1, seeded()):
+        torch.testing.assert_close(got, logits_of(model, ids)[None, :, -1, :4].float())
+
+
 @pytest.mark.parametrize("n", [None, 2])
 def test_what_is_refused(n, make_adapted, ids):
     model = make_adapted()

@@ -180,6 +180,8 @@ def test_subsets_are_seeded_and_limited(full):
     assert (len(task.train), len(task.validation), len(task.test)) == (10, 10, 3)
     assert load_task(small, full, seed=0).train == task.train
     assert load_task(small, full, seed=1).train != task.train
+    most = load_task(dset("sst2", train_subset=50, test_subset=1), full, seed=0)
+    assert (len(most.train), len(most.test)) == (50, 1)
     with pytest.raises(DataError, match=r"dset.train_subset is 51, but 50"):
         load_task(dset("sst2", train_subset=51), full, seed=0)
     with pytest.raises(DataError, match=r"dset.test_subset is 0"):
@@ -386,6 +388,10 @@ def test_unknown_and_missing_settings(full):
         load_task({"schema": "sst2"}, full, seed=0)
     with pytest.raises(DataError, match=r"dset.splits.tset"):
         load_task(dset("sst2", splits={"tset": "test"}), full, seed=0)
+    for unset in ("path", "splits"):
+        with pytest.raises(DataError, match=r"dset.path and dset.splits must be set for schema"):
+            load_task(dset("sst2") | {unset: None}, full, seed=0)
     (full / "glue/sst2/validation.jsonl").unlink()
-    with pytest.raises(DataError, match=r"validation_fraction is 1.0"):
-        load_task(dset("sst2", validation_fraction=1.0), full, seed=0)
+    for fraction in (0.0, 1.0):
+        with pytest.raises(DataError, match=rf"validation_fraction is {fraction}"):
+            load_task(dset("sst2", validation_fraction=fraction), full, seed=0)
