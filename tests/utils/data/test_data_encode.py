@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from utils.data.encode import Encoder
 from utils.data.example import Choice, DataError, Example
-from utils.data.order import batches, epoch_generator, length_sorted
+from utils.data.order import length_sorted, nth_batch
 
 
 def labelled(*labels: str, id: str = "x", prompt: str = "the cat") -> Example:
@@ -124,14 +124,14 @@ def test_order_of_an_epoch_depends_on_seed_and_epoch_only():
     examples = [labelled(" yes", " no", id=str(i)) for i in range(20)]
 
     def visit(seed: int, epoch: int) -> list[list[str]]:
-        return [[e.id for e in batch] for batch in batches(examples, 6, epoch_generator(seed, epoch))]
+        return [[e.id for e in nth_batch(examples, 6, seed, epoch, index)] for index in range(4)]
 
     assert visit(0, 3) == visit(0, 3)
     assert visit(0, 3) != visit(0, 4)
     assert visit(0, 3) != visit(1, 3)
     assert [len(batch) for batch in visit(0, 0)] == [6, 6, 6, 2]
     assert sorted(i for batch in visit(5, 1) for i in batch) == sorted(str(i) for i in range(20))
-    assert [e.id for batch in batches(examples, 6) for e in batch] == [str(i) for i in range(20)]
+    assert visit(0, 3)[2] == [e.id for e in nth_batch(examples, 6, 0, 3, 2)], "a step alone"
 
 
 def test_length_sorted_restores_the_original_order():
