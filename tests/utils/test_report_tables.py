@@ -17,6 +17,7 @@ from utils.report_scores import (
     constant_p,
     ece,
     example_losses,
+    fit_temperature,
     pairable,
     paired_p,
     reliability,
@@ -152,6 +153,21 @@ def test_paired_test_of_two_seeds_by_hand():
     freedom = (of_examples + of_seeds) ** 2 / (of_examples**2 / 2 + of_seeds**2 / 1)
     expected = 2 * t.sf(3 / np.sqrt(of_examples + of_seeds), freedom)
     assert paired_p(own, {0: zero, 1: zero}, "nll") == pytest.approx(expected)
+
+
+def test_a_difference_without_any_spread_is_certain():
+    assert paired_p({0: of_losses(*[0.1] * 4)}, {0: of_losses(*[3.0] * 4)}, "acc") == 0.0
+
+
+def test_a_confidence_that_rounding_puts_above_one_is_in_the_last_bin():
+    sure = np.array([[1e-12, -np.inf], [1e-12, -np.inf]])
+    assert ece(sure, np.array([0, 1])) == pytest.approx(0.5)
+    assert reliability([Prediction(IDS[:2], np.array([0, 1]), sure)])["count"].tolist() == [0] * 14 + [2]
+
+
+def test_a_temperature_ends_at_its_bound_where_nothing_is_right():
+    wrong = Prediction(IDS[:4], np.zeros(4, int), np.log(np.array([[0.1, 0.9]] * 4)))
+    assert fit_temperature(wrong) == pytest.approx(100, rel=1e-4)
 
 
 def test_disagreeing_seeds_are_not_significant_however_many_examples():
