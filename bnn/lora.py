@@ -21,16 +21,11 @@ def check_plain(layer: LoraLayer, adapter_name: str, path: str, method: str) -> 
     A = dict(layer.lora_A.items()).get(adapter_name)
     if not isinstance(A, nn.Linear):
         raise not_linear(layer.get_base_layer() if A is None else A, path, method)
-    check_no_variant(layer, adapter_name, path, method)
-    if adapter_name in layer.merged_adapters:
-        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
-
-
-def check_no_variant(layer: LoraLayer, adapter_name: str, path: str, method: str) -> None:
-    """Raise ValueError where the layer computes with a variant of LoRA; arguments as of ``check_plain``."""
     if adapter_name in layer.lora_variant:
         variant = type(layer.lora_variant[adapter_name]).__name__
         raise ValueError(f"{method} needs plain LoRA, but target {path!r} is a {variant}: remove its setting")
+    if adapter_name in layer.merged_adapters:
+        raise ValueError(f"adapter {adapter_name!r} is merged into {path!r}: call unmerge_adapter first")
 
 
 def has_adapter(layer: LoraLayer, adapter_name: str) -> bool:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig
-from bnn.methods.base import Method, Schedule
+from bnn.methods.base import Method, Schedule, trainable
 from pipeline.claim import Claim, claim
 from utils.checkpoint import load_checkpoint
 from utils.data.batch import Batch, choice_scores
@@ -38,6 +38,7 @@ from utils.run import METRICS_FILE, NoLogger, RunLogger, check_disk, read_metric
 from utils.seeding import seed_all
 from utils.settings import (
     check,
+    check_base_kept,
     check_types,
     fingerprint,
     model_settings,
@@ -133,6 +134,7 @@ def prepare(cfg: DictConfig) -> Run:
         check_resumed(folder, resumed, data.digest, base)
     torch.manual_seed(cfg.seed)  # adapters start alike whatever was drawn before
     model = adapted(cfg, method, model)
+    report_rounded(model)
     if start is not None:
         report_held(cfg, model)
         if recorded_base(Path(str(start))) not in (None, base):
@@ -186,7 +188,7 @@ def adapted(cfg: DictConfig, method: Method, model: Any) -> Any:
     start = cfg.train.init_adapter
     try:
         return method.load(model, str(start)) if start is not None else method.adapt(model, plain(cfg.peft))
-    except TypeError as error:
+    except (TypeError, AttributeError, IndexError) as error:  # what PEFT makes of values of another kind
         raise ValueError(f"a key of peft or inducing does not fit: {error}") from error
     except DAMAGED as error:
         if start is None or lacks_memory(error):
@@ -229,18 +231,33 @@ def check_resumed(folder: Path, resumed: dict[str, Any], data: str, base: str) -
 def report_held(cfg: DictConfig, model: Any) -> None:
     """Warn of settings that a loaded adapter has otherwise: its own hold, whatever ``config.yaml`` will say."""
     config = model.peft_config[model.active_adapter]
-    shared = ("r", "lora_alpha", "target_modules", *(() if cfg.method.name == "mc_dropout" else ("lora_dropout",)))
-    given = {f"peft.{key}": cfg.peft[key] for key in shared if key in cfg.peft}
+    past = {"init_lora_weights", "task_type", *(("lora_dropout",) if cfg.method.name == "mc_dropout" else ())}
+    given = {f"peft.{key}": value for key, value in plain(cfg.peft).items() if key not in past}
     if isinstance(config, SGPLoraConfig):
         given |= {f"inducing.{key}": value for key, value in plain(cfg.inducing).items() if key != "init_seed"}
     for key, value in given.items():
-        own = getattr(config, "target_r" if key == "peft.r" and hasattr(config, "target_r") else key.partition(".")[2])
-        if key == "peft.target_modules":  # all linear layers have names of their own in an adapter
-            differs = value != INCLUDE_LINEAR_LAYERS_SHORTHAND and set(own or ()) != set(value)
-        else:
-            differs = own != value
+        name = "target_r" if key == "peft.r" and hasattr(config, "target_r") else key.partition(".")[2]
+        own = getattr(config, name, None)
+        if value == INCLUDE_LINEAR_LAYERS_SHORTHAND:  # which have names of their own in an adapter
+            continue
+        differs = sorted(own or (), key=str) != sorted(value, key=str) if isinstance(value, list) else own != value
         if differs:
             logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
+    if cfg.eval.zero_shot:
+        check_base_kept(vars(config), " of train.init_adapter")
+
+
+def report_rounded(model: Any) -> None:
+    """Warn of trained weights of less than 32 bits, which a step moves by a 256th of their value or not at all.
+
+    PEFT's adapters have 32 bits in any case; layers that are trained whole (``modules_to_save``) have the base's.
+    """
+    if short := [(name, p.dtype) for name, p in trainable(model) if p.dtype in (torch.bfloat16, torch.float16)]:
+        name, dtype = short[0]
+        logger.warning(
+            "%s and %d more weights are trained in %s, where small steps are lost: set dtype=float32",
+            *(name, len(short) - 1, str(dtype).removeprefix("torch.")),
+        )
 
 
 def rehearse(cfg: DictConfig) -> None:

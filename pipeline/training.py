@@ -40,6 +40,7 @@ def train(run: Run) -> int:
     if step == 0 < total and cfg.eval.every != "none":
         evaluate_during(run, 0, 0, 0.0)
 
+    model.train()  # all of it: a base model is loaded for evaluation, its adapter is not
     started, seen = time.perf_counter(), 0  # without the time of evaluations and checkpoints
     for step in progress(range(step, total), "training", total - step):  # noqa: B020
         epoch = step // steps_per_epoch
@@ -50,8 +51,6 @@ def train(run: Run) -> int:
         examples = nth_batch(run.data.train, per_step, cfg.seed, epoch, step % steps_per_epoch)
         torch.manual_seed(stream_seed(cfg.seed, "dropout", step, run.world.rank))
         run.generator.manual_seed(stream_seed(cfg.seed, "posterior", step, run.world.rank))
-        if not model.training:  # setting it walks through all modules
-            model.train()
         loss = accumulate(run, examples, beta, graphs, layers)
         update(run, step, rate, loss, examples)
         seen += len(examples)
@@ -68,6 +67,7 @@ def train(run: Run) -> int:
         paused = time.perf_counter()
         if evaluated:
             evaluate_during(run, epoch + 1, done, lr)
+            model.train()
         interrupted = run.world.any(run.interrupted)
         if evaluated or done % cfg.train.checkpoint_every == 0 or done == total or interrupted:
             save(run, done)

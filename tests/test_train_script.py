@@ -236,6 +236,34 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, overrides, monke
     assert np.array_equal(predictions(tmp_path / "whole"), predictions(tmp_path / "run"))
 
 
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+GPT2 = ("~llm.architecture", "peft.target_modules=[c_attn]")
+
+
+@pytest.mark.parametrize("every", ["epoch", "none"])
+def test_a_base_with_dropout_of_its_own_trains_and_resumes_with_it(tmp_path, overrides, monkeypatch, every):
+    """A base model is loaded for evaluation: dropout, and gradient checkpointing, need it in training mode."""
+    architecture = "{model_type:gpt2,vocab_size:300,n_embd:32,n_layer:2,n_head:2,n_positions:512}"
+    gpt2 = (*GPT2, f"+llm.architecture={architecture}", f"eval.every={every}", "train.checkpoint_every=1")
+    modes, make_step = [], training.update
+
+    def noted(run: Run, *arguments: Any) -> None:
+        modes.append(all(module.training for module in run.model.modules()))
+        make_step(run, *arguments)
+
+    monkeypatch.setattr(training, "update", noted)
+    whole = execute(overrides(*gpt2, folder="whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            execute(overrides(*gpt2))
+    assert equal(parameters(whole), parameters(execute(overrides(*gpt2, "resume=true"))))
+    assert modes == [True] * 12
+    monkeypatch.undo()
+    without = execute(overrides(*gpt2, *(f"+llm.config_overrides.{p}=0" for p in DROPOUTS), folder="without"))
+    assert not equal(parameters(whole), parameters(without))
+
+
 def test_main_says_how_to_resume(tmp_path, overrides, monkeypatch):
     interrupt_after(2, monkeypatch)
     with pytest.raises(SystemExit) as stop:
@@ -892,6 +920,15 @@ def assert_one_line(message: str) -> None:
         ("opt.betas=0.9", r"opt.betas=0.9: expected a list such as \[0.9,0.999\]"),
         ("+peft.bias=all", "peft.bias=all changes the base model, which is to be evaluated: set eval.zero_shot=false"),
         ("+peft.init_lora_weights=pissa", "peft.init_lora_weights=pissa changes the base model"),
+        (
+            "+peft.layer_replication=[[0,2],[1,2]]",
+            r"peft.layer_replication=\[\[0, 2\], \[1, 2\]\] changes the base model",
+        ),
+        ("+peft.rank_pattern=foo", "a key of peft or inducing does not fit: 'str' object has no attribute 'keys'"),
+        (
+            "+peft.trainable_token_indices=[99999]",
+            "a key of peft or inducing does not fit: index 99999 is out of bounds",
+        ),
         ("peft.r=0", "peft.r=0: expected a whole number, at least 1"),
         ("peft.r=abc", "peft.r=abc: expected a whole number"),
         ("peft.lora_dropout=2", r"peft.lora_dropout=2: expected a number in \[0, 1\]"),
@@ -1123,6 +1160,44 @@ def test_an_adapter_of_another_method_or_with_other_settings(tmp_path, overrides
     for method in ("temperature", "mc_dropout", "blob"):
         message = failure(overrides(f"method={method}", *start, folder=method))
         assert "holds an adapter of type SGP_LORA, and this method takes LORA: choose another" in message
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_that_the_adapter_has_changed_is_not_evaluated(tmp_path, overrides, start):
+    """PEFT takes from the base what such an adapter starts with, also when it is loaded."""
+    execute(overrides("method=mle", f"+peft.init_lora_weights={start}", "train.max_steps=1", "eval.zero_shot=false"))
+    again = ("method=mle", f"train.init_adapter={tmp_path / 'run' / 'adapter'}", "train.epochs=0")
+    message = failure(overrides(*again, folder="again"))
+    assert f"peft.init_lora_weights={start} of train.init_adapter changes the base model" in message
+    assert not (tmp_path / "again" / "metrics.jsonl").exists()
+    execute(overrides(*again, "eval.zero_shot=false", folder="again"))
+    first, second = ([r for r in evaluations(tmp_path / name) if r["kind"] == "final"] for name in ("run", "again"))
+    assert [r["nll"] for r in first] == pytest.approx([r["nll"] for r in second], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ("+peft.use_rslora=true", "peft.use_rslora=False"),
+        ("+peft.modules_to_save=[norm]", "peft.modules_to_save=None"),
+        ("+peft.rank_pattern={q_proj:2}", "peft.rank_pattern={}"),
+        ("+peft.bias=lora_only", "peft.bias=none"),
+    ],
+)
+def test_every_setting_that_a_loaded_adapter_has_otherwise_is_named(tmp_path, overrides, caplog, given, own):
+    execute(overrides("method=mle", "train.max_steps=1", folder="first"))
+    start = ("method=mle", f"train.init_adapter={tmp_path / 'first' / 'adapter'}", "eval.zero_shot=false")
+    prepare(compose(overrides(*start, given)))
+    assert f"train.init_adapter has {own}, which holds, not " in caplog.text
+    assert caplog.text.count("which holds") == 1
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("float32", False), ("bfloat16", True)])
+def test_layers_trained_whole_in_few_bits_are_a_warning(overrides, caplog, dtype, warned):
+    prepare(compose(overrides("method=mle", "+peft.modules_to_save=[norm]", f"dtype={dtype}")))
+    assert (
+        "4 more weights are trained in bfloat16, where small steps are lost: set dtype=float32" in caplog.text
+    ) == warned
 
 
 def test_adalora_starts_from_its_own_rank(tmp_path, overrides, caplog):

@@ -21,8 +21,12 @@ from utils.data.example import near_matches
 from utils.llm.errors import LESS_MEMORY, TooLittleMemoryError, want_of_memory
 
 NOT_IN_FINGERPRINT = ("paths", "eval", "resume", "overwrite", "device")
-BASE_KEPT = ("gaussian", "orthogonal", "eva")
-"""Names of PEFT's starts of an adapter that leave the base's weights as they are."""
+CHANGING_BASE: dict[str, tuple[str, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": ("gaussian", "orthogonal", "eva"),
+    "layer_replication": (),
+}
+"""Arguments of PEFT's adapters that change the base model, but for a flag, nothing, or these values."""
 CHOOSES_BEST = ("every", "every_n_mc", "split")
 """Keys of ``eval`` that decide which adapter ``eval.keep=best`` keeps."""
 NOT_IN_TRAIN_FINGERPRINT = ("log_every", "checkpoint_every", "fsdp", "graph_padding", "compile")
@@ -133,12 +137,8 @@ def check(cfg: DictConfig) -> None:
         empty = key == "peft.target_modules" and not value
         if empty or not (isinstance(value, ListConfig) and all(isinstance(entry, str) for entry in value)):
             raise ValueError(f"{key}={value}: expected a list such as {example}")
-    changes = {"peft.bias": ("none",), "peft.init_lora_weights": BASE_KEPT}
-    for key, harmless in changes.items() if cfg.eval.zero_shot else ():
-        if isinstance(value := OmegaConf.select(cfg, key), str) and value not in harmless:
-            raise ValueError(
-                f"{key}={value} changes the base model, which is to be evaluated: set eval.zero_shot=false"
-            )
+    if cfg.eval.zero_shot:
+        check_base_kept({key: OmegaConf.select(cfg.peft, key) for key in CHANGING_BASE})
     if cfg.train.fsdp and cfg.train.graph_padding is not None:
         raise ValueError(f"train.graph_padding={cfg.train.graph_padding} and train.fsdp=true exclude each other")
     if cfg.train.fsdp and cfg.train.compile:
@@ -158,6 +158,24 @@ def _range(low: float, high: float) -> str:
     if high < FINITE:
         return f"a number in [{low:g}, {high:g}]"
     return "a finite number above 0" if low == ABOVE_0 else f"a finite number, at least {low:g}"
+
+
+def check_base_kept(adapter: Mapping[str, Any], origin: str = "") -> None:
+    """Refuse an adapter, by PEFT's arguments, that changes the base model where that is to be evaluated too.
+
+    Args:
+        adapter: arguments.
+        origin: whose they are, in the message.
+
+    Raises:
+        ValueError: naming the first of them that does.
+    """
+    for key, harmless in CHANGING_BASE.items():
+        value = adapter.get(key)
+        if isinstance(value, Sequence) and value and value not in harmless:
+            raise ValueError(
+                f"peft.{key}={value}{origin} changes the base model, which is to be evaluated: set eval.zero_shot=false"
+            )
 
 
 def check_types(cfg: DictConfig, configs: Path) -> None:

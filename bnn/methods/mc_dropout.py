@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from bnn.lora import active_adapters, check_no_variant
+from bnn.lora import plain_layers
 from bnn.methods.base import PointEstimate, of_type
 from bnn.methods.mle import MLE
 
@@ -41,19 +41,19 @@ class MCDropout(MLE):
         """See ``Method.adapt``; the method's ``dropout`` is LoRA's.
 
         Raises:
-            ValueError: for another ``lora_dropout``, or a variant of LoRA, which has no dropout outside training.
+            ValueError: for another ``lora_dropout``, or a target without dropout: an embedding, a variant of LoRA.
         """
         given = lora.get("lora_dropout", 0.0)
         if given not in (0.0, self.dropout):
             raise ValueError(f"method=mc_dropout has dropout={self.dropout}: leave peft.lora_dropout={given} at 0")
-        return _without_variants(super().adapt(model, lora | {"lora_dropout": self.dropout}))
+        return _plain(super().adapt(model, lora | {"lora_dropout": self.dropout}))
 
     def load(self, model: nn.Module, folder: str | Path) -> PeftModel:
         """See ``Method.load``; the method's ``dropout`` replaces the saved one."""
         config = PeftConfig.from_pretrained(str(folder))
         config.lora_dropout = self.dropout
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
-        return _without_variants(of_type(loaded, self.peft_type, folder))
+        return _plain(of_type(loaded, self.peft_type, folder))
 
     @contextmanager
     def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Iterator[PointEstimate]:
@@ -87,8 +87,9 @@ class MCDropout(MLE):
                     dropout.train(mode)
 
 
-def _without_variants(model: PeftModel) -> PeftModel:
-    """The model, or ValueError for a variant of LoRA (DoRA, ...): PEFT leaves its dropout out at prediction."""
-    for path, layer, name in active_adapters(model):
-        check_no_variant(layer, name, path, "method=mc_dropout")
+def _plain(model: PeftModel) -> PeftModel:
+    """The model, or ValueError for embeddings and variants of LoRA (DoRA, ...): there PEFT applies no dropout, or none
+    at prediction.
+    """
+    plain_layers(model, "method=mc_dropout")
     return model

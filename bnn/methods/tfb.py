@@ -58,10 +58,14 @@ class TFB(MLE):
         d_floor: float,
     ) -> None:
         positive = {"sigma_max": sigma_max, "search_steps": search_steps, "search_samples": search_samples}
-        positive |= {"d_floor": d_floor} | ({} if anchor_examples is None else {"anchor_examples": anchor_examples})
+        positive |= {"d_floor": d_floor}
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"method=tfb needs {name} > 0, got {value}")
+        if anchor_examples is not None and (type(anchor_examples) is not int or anchor_examples < 1):
+            raise ValueError(
+                f"method.factory.anchor_examples={anchor_examples} must be a whole number, at least 1, or null for all"
+            )
         if eps < 0:
             raise ValueError(f"method=tfb needs eps >= 0, got {eps}")
         self.eps = eps

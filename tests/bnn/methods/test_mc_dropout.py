@@ -164,10 +164,12 @@ def test_a_second_dropout_and_an_adapter_without_are_refused(make_llama):
         pass
 
 
-def test_a_variant_of_lora_is_refused(make_llama, tmp_path):
-    """PEFT's DoRA applies no dropout outside training: every draw would be the mean."""
+def test_targets_without_dropout_are_refused(make_llama, tmp_path):
+    """PEFT's DoRA applies none outside training, and an embedding has none: every draw would be the mean."""
     with pytest.raises(ValueError, match=r"method=mc_dropout needs plain LoRA, but target .* is a Dora"):
         MCDropout(0.3).adapt(make_llama(), LORA | {"use_dora": True})
+    with pytest.raises(ValueError, match=r"method=mc_dropout adapts linear layers, but target .*embed_tokens"):
+        MCDropout(0.3).adapt(make_llama(), LORA | {"target_modules": ["q_proj", "embed_tokens"]})
     MLE().save(MLE().adapt(make_llama(), LORA | {"use_dora": True}), tmp_path)
     with pytest.raises(ValueError, match="method=mc_dropout needs plain LoRA"):
         MCDropout(0.3).load(make_llama(), tmp_path)

@@ -209,9 +209,12 @@ def test_it_trains_as_maximum_likelihood(model, ids):
 
 
 def test_refusals(model, make_llama):
-    for key, value in {"sigma_max": 0.0, "search_steps": 0, "d_floor": 0.0, "anchor_examples": 0}.items():
+    for key, value in {"sigma_max": 0.0, "search_steps": 0, "d_floor": 0.0}.items():
         with pytest.raises(ValueError, match=rf"{key} > 0, got {value}"):
             tfb(**{key: value})
+    for value in (0, 2.5, "abc"):
+        with pytest.raises(ValueError, match=f"anchor_examples={value} must be a whole number, at least 1"):
+            tfb(anchor_examples=value)
     with pytest.raises(ValueError, match="eps >= 0, got -1"):
         tfb(eps=-1)
     model.merge_adapter()
