@@ -22,6 +22,7 @@ import optuna
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial
 
@@ -229,6 +230,8 @@ def main(cfg: DictConfig) -> None:
     """Entry point: one clear line and a non-zero exit code for anything a user can put right."""
     GlobalHydra.instance().clear()  # trials compose configurations of their own
     try:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise ValueError("a search is one command: leave out -m, and give each a paths.output_dir of its own")
         search(cfg, HydraConfig.get().overrides.task)
     except KeyboardInterrupt:
         sys.exit("interrupted: finished trials are kept; go on with the same command")

@@ -37,6 +37,8 @@ logger = logging.getLogger("train")
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"  # tracebacks instead of one line
 NO_FOLDER = "hydra.run.dir=."
 """Hydra makes no folder with this. The run's is named by the time, which is another in every process."""
+MADE = ("paths.output_dir", "paths.cache_dir", "hydra.sweep.dir", "search.storage")
+"""Folders and files that a command makes where there are none."""
 USER_ERRORS = (
     *(ValueError, OSError, RuntimeError, MemoryError, FloatingPointError),
     *(OmegaConfBaseException, HydraException),
@@ -106,8 +108,19 @@ def refuse(error: BaseException) -> NoReturn:
     sys.exit(one_line(error, CONFIGS))
 
 
-def check_sweep(arguments: Sequence[str]) -> None:
-    """Raise ValueError for a sweep all of whose jobs would have one folder, each writing over the one before."""
+def check_folders(arguments: Sequence[str]) -> None:
+    """Raise ValueError where Hydra would make or take another folder than what is meant, before it does.
+
+    That is for a sweep all of whose jobs would have one folder, each writing over the one before; for folders of
+    Hydra's own beside the run's; and for one that begins with ``~``, which would be named so.
+    """
+    given = {key_of(argument): argument.partition("=")[2].strip("'\"") for argument in arguments}
+    if given.get("hydra.run.dir", ".") != ".":
+        raise ValueError(f"hydra.run.dir={given['hydra.run.dir']} is not where the run would be: set paths.output_dir")
+    if given.get("hydra.job.chdir", "false").lower() != "false":
+        raise ValueError("hydra.job.chdir would put the run's folder into itself: leave it out")
+    if home := [key for key in MADE if given.get(key, "").startswith("~")]:
+        raise ValueError(f"{home[0]}={given[home[0]]} would be a folder named ~: write the whole path")
     folder = next((a for a in arguments if key_of(a) == "paths.output_dir" and not {",", "$"} & set(a)), None)
     if folder is not None and {"-m", "--multirun"} & set(arguments):
         raise ValueError(f"{folder} would be the folder of every job of the sweep: set hydra.sweep.dir instead")
@@ -125,7 +138,7 @@ def launch(application: Callable[[], None]) -> None:
         sys.argv.append(NO_FOLDER)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
     try:
-        check_sweep(sys.argv[1:])
+        check_folders(sys.argv[1:])
         application()
     except KeyboardInterrupt:
         sys.exit("interrupted: runs that have ended are kept")

@@ -83,6 +83,12 @@ def test_a_search_that_is_refused_leaves_no_folder(tmp_path):
     assert not folder.exists()
 
 
+def test_a_sweep_of_searches_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "a search is one command: leave out -m" in failure(["-m", *FAST, "search.sampler=random,tpe"])
+    assert not list(tmp_path.rglob("journal.log"))
+
+
 def test_a_search_writes_its_results_and_final_runs(tmp_path, monkeypatch):
     run(tmp_path / "random")
     extra = ("search.final_seeds=[5]", "search.final_jobs=2")

@@ -1267,13 +1267,30 @@ def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     assert log.read_text().splitlines()[-1] == failure(overrides("train.epoch=3"))
 
 
-@pytest.mark.parametrize("extra", [(), ("hydra.run.dir=outputs/here",)])
-def test_of_several_processes_the_main_one_alone_has_a_folder(tmp_path, monkeypatch, extra):
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        (
+            "hydra.run.dir=outputs/here",
+            "hydra.run.dir=outputs/here is not where the run would be: set paths.",
+        ),
+        ("hydra.job.chdir=true", "hydra.job.chdir would put the run's folder into itself: leave it out"),
+        ("paths.output_dir='~/x'", "paths.output_dir=~/x would be a folder named ~: write the whole path"),
+        ('hydra.sweep.dir="~/x"', "hydra.sweep.dir=~/x would be a folder named ~"),
+    ],
+)
+def test_folders_that_are_not_what_is_meant(tmp_path, monkeypatch, argument, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in failure([argument])
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_processes_the_main_one_alone_has_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        assert "opt.lr=0: expected" in failure(["opt.lr=0", *extra])
+        assert "opt.lr=0: expected" in failure(["opt.lr=0"])
         assert [path.name for path in tmp_path.iterdir()] == ([] if rank == "1" else ["outputs"])
 
 

@@ -28,7 +28,6 @@ class Question:
         fields: Values a prompt template may name, such as `question` or `passage`.
         options: Texts of the options; empty where the options are the classes named by `dset.labels`.
         answer: Index of the right option, or None where the source hides it.
-        category: Group for per-category results, or None.
         suffix: Text that follows the option (the rest of a cloze sentence). Where it is not empty, choice
             scoring scores the suffix given the option instead of the option.
         lead: What joins an option to the text before it: a blank, or nothing.
@@ -40,7 +39,6 @@ class Question:
     fields: dict[str, str]
     options: tuple[str, ...]
     answer: int | None
-    category: str | None = None
     suffix: str = ""
     lead: str = " "
     groups: tuple[str, ...] = ()
@@ -66,7 +64,6 @@ class Example:
     prompt: str
     choices: tuple[Choice, ...]
     answer: int
-    category: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2:

@@ -112,7 +112,7 @@ def boolq(row: Row, identifier: str) -> Question:
 
 @register("mmlu")
 def mmlu(row: Row, identifier: str) -> Question:
-    """cais/mmlu: 4 choices, answer an index; the subject is the category."""
+    """cais/mmlu: 4 choices, answer an index."""
     options, answer = tuple(choice.strip() for choice in row["choices"]), row.get("answer")
     if answer is not None and answer not in range(-1, len(options)):
         raise DataError(f"answer {answer!r} is not in 0..{len(options) - 1}")
@@ -121,7 +121,6 @@ def mmlu(row: Row, identifier: str) -> Question:
         fields={"question": _text(row, "question")},
         options=options,
         answer=None if answer in (None, -1) else int(answer),
-        category=row.get("subject") or None,
     )
 
 
@@ -159,8 +158,8 @@ for _name, _keys, _groups in (
 def jsonl(row: Row, identifier: str) -> Question:
     """A user's file: question, choices (list of texts), answer (text of a choice, letter or index from 0).
 
-    `id`, `category` and `group` (of rows that a carve must not separate) are optional. A row without an answer is one
-    whose label is hidden.
+    `id` and `group` (of rows that a carve must not separate) are optional. A row without an answer is one whose label
+    is hidden.
     """
     if "choices" not in row:
         raise DataError(f"no key choices, only {', '.join(sorted(row)) or 'none'}: rename the one that holds them")
@@ -170,13 +169,12 @@ def jsonl(row: Row, identifier: str) -> Question:
     options = tuple(choice.strip() for choice in choices)
     if len(set(options)) < len(options):
         raise DataError(f"two choices of {list(options)} are the same")
-    category, group = row.get("category"), row.get("group")
+    group = row.get("group")
     return Question(
         id=str(identifier if row.get("id") is None else row["id"]),
         fields={"question": _text(row, "question")},
         options=options,
         answer=_answer(row.get("answer"), options),
-        category=None if category is None else str(category),
         groups=() if group in (None, "") or group != group else (str(group),),  # NaN is what pandas writes
     )
 

@@ -40,4 +40,4 @@ def render(question: Question, scoring: str, template: str, labels: Sequence[str
         choices = tuple(Choice(question.suffix, context=question.lead + option) for option in options)
     else:
         choices = tuple(Choice(question.lead + option) for option in options)
-    return Example(question.id, prompt, choices, question.answer, question.category)
+    return Example(question.id, prompt, choices, question.answer)

@@ -171,5 +171,5 @@ def _place(items: list[Item], category: str, rng: np.random.Generator) -> list[Q
         item, answer = items[i], count % OPTIONS
         options = (*item.wrong[:answer], item.answer, *item.wrong[answer:])
         name = f"{category}-{item.prompt}"
-        questions.append(Question(name, {"question": item.prompt}, options, answer, category))
+        questions.append(Question(name, {"question": item.prompt}, options, answer))
     return questions

@@ -18,13 +18,19 @@ PHRASES = {"sst2": "sentence"}
 """By schema the field of which training rows may hold a part of another row's: SST-2 has its sentences' phrases."""
 
 
+FILES = ("train_file", "validation_file", "test_file")
+"""Keys of a user's own data."""
+PLACE = ("path", "config", "splits")
+"""Keys of where a benchmark is."""
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """The settings of one data set, as in configs/dset (where each key is described).
 
     `splits` maps train, validation and test to split names of the source (null: absent) and may hold `ood`,
-    a mapping from the name of an out-of-distribution set to a split name. `train_file`, `validation_file`
-    and `test_file` are used by the schema `jsonl` only, `path`, `config` and `splits` by the others.
+    a mapping from the name of an out-of-distribution set to a split name. The schema `jsonl` reads `FILES`, the others
+    but `quiz` read `PLACE`.
     """
 
     name: str
@@ -70,6 +76,16 @@ class TaskConfig:
         return config
 
 
+def _check_read(config: TaskConfig) -> None:
+    """Raise DataError for an unknown schema, or a key that it does not read."""
+    if config.schema != "quiz":
+        get_parser(config.schema)
+    vain = {"jsonl": PLACE, "quiz": (*FILES, *PLACE)}.get(config.schema, FILES)
+    if given := [key for key in vain if getattr(config, key) is not None]:
+        value = getattr(config, given[0])
+        raise DataError(f"dset.{given[0]}={value} is not read with schema {config.schema}: choose another dset")
+
+
 def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most: bool = False) -> TaskData:
     """Load a task.
 
@@ -88,6 +104,7 @@ def load_task(dset: Mapping[str, Any], data_dir: str | Path, seed: int, at_most:
         DataError: If a setting is wrong, the data is not found, or a row is malformed.
     """
     config = TaskConfig.from_dict(dset)
+    _check_read(config)
     if config.schema == "quiz":
         sources, ood_questions, notes = _generated()
     elif config.schema == "jsonl":
@@ -171,7 +188,6 @@ def _files(config: TaskConfig) -> Loaded:
 
 
 def _benchmark(config: TaskConfig, data_dir: str | Path) -> Loaded:
-    get_parser(config.schema)  # an unknown schema is reported before anything is looked for
     if config.path is None or config.splits is None:
         raise DataError(f"dset.path and dset.splits must be set for schema {config.schema}")
     unknown = set(config.splits) - {*SPLITS, "ood"}

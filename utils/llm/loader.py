@@ -133,7 +133,7 @@ def load_tokenizer(
         source = _source(name_or_path, cache_dir, revision, pypi, gguf_dir, tokenizer_only=True)
         try:
             tokens = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
-        except JSONDecodeError as error:
+        except (JSONDecodeError, KeyError) as error:
             raise LLMLoadError(f"{source.location} has a damaged tokenizer file ({error}): copy it again") from error
     else:
         raise LLMLoadError(f"unknown llm.tokenizer {tokenizer!r}: use 'auto' or 'bytes'")

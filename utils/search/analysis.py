@@ -71,5 +71,6 @@ def importances(study: Study, objectives: Sequence[str]) -> dict[str, dict[str, 
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*low `target` values", category=UserWarning)  # as cost has them
+            warnings.filterwarnings("ignore", message="Target and region quantiles", category=UserWarning)  # few trials
             found[name.upper()] = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=cost)
     return found

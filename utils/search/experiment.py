@@ -11,7 +11,7 @@ from utils.run import write_text_atomic
 from utils.settings import compose, flat, plain
 
 LEFT_OUT = ("paths", "resume", "overwrite")
-"""Keys that belong to a run, not to its setting."""
+"""Keys and groups that belong to a run, not to its setting."""
 
 
 def experiment_of(configs: Path, overrides: list[str]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def experiment_of(configs: Path, overrides: list[str]) -> dict[str, Any]:
     groups = {
         name: choice
         for name, choice in choices.items()
-        if name != "experiment" and not name.startswith("hydra/") and choice != default.get(name)
+        if name not in ("experiment", *LEFT_OUT) and not name.startswith("hydra/") and choice != default.get(name)
     }
     tree = plain(compose(configs, overrides), resolve=False)
     wanted = flat(tree)

@@ -30,7 +30,7 @@ class NumberedSampler(BaseSampler):
         if self._kind == "gp":
             return GPSampler(seed=seed, n_startup_trials=self._startup, warn_independent_sampling=False)
         if self._kind == "tpe":
-            return TPESampler(seed=seed, n_startup_trials=self._startup, warn_independent_sampling=False)
+            return TPESampler(seed=seed, n_startup_trials=self._startup)
         return RandomSampler(seed=seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:

@@ -1,15 +1,15 @@
 """The Optuna study: storage, several processes at once, budget, and trials whose process died."""
 
 import contextlib
-import fcntl
 import json
+import os
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import optuna
 from optuna import Study, Trial, TrialPruned
@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from utils.locks import try_lock
+from utils.locks import try_lock, wait_for_lock
 from utils.search.place import check_place, keep_place
 from utils.search.sampler import WORKER
 from utils.search.selection import SIGNS, Point
@@ -136,7 +136,8 @@ def _in_vain(study: Study) -> int:
 
 def load_compared(location: str, objectives: Sequence[str]) -> Study:
     """The study in a storage that holds exactly one, of these objectives; raises ValueError otherwise."""
-    if "://" not in location and not Path(location).is_file():
+    path = Path(location.removeprefix("sqlite:///").partition("?")[0])  # SQLite would make it
+    if ("://" not in location or location.startswith("sqlite:///")) and not path.is_file():
         raise ValueError(f"search.compare={location}: no such file; name the journal.log of another search")
     storage = open_storage(location)
     names = optuna.get_all_study_names(storage)
@@ -160,13 +161,12 @@ class Worker:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name = folder, uuid.uuid4().hex
-        self._lock = try_lock(folder / self.name)
+        self._lock = _held(folder / self.name)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keep the others waiting: databases are made by one process at a time."""
-        with (self.folder / "opening").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with wait_for_lock(self.folder / "opening"):
             yield
 
     def is_only(self) -> bool:
@@ -177,8 +177,7 @@ class Worker:
     def close(self) -> None:
         """Leave the study."""
         (self.folder / self.name).unlink(missing_ok=True)
-        if self._lock:
-            self._lock.close()
+        self._lock.close()
 
     def running_elsewhere(self, study: Study) -> int:
         """Fail the running trials of dead processes; returns how many run in others that live."""
@@ -201,6 +200,15 @@ class Worker:
             path.unlink(missing_ok=True)
             held.close()
         return held is None
+
+
+def _held(path: Path) -> TextIO:
+    """Lock a file of one's own: others remove what nobody has locked, so between its making and its locking too."""
+    while True:
+        if lock := try_lock(path):
+            if os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()
 
 
 def is_lost(trial: FrozenTrial) -> bool:

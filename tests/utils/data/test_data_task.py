@@ -310,11 +310,10 @@ def test_hub_errors_become_one_line(tmp_path, monkeypatch):
 
 
 def test_user_files(write_rows):
-    rows = [{"question": f"q{i}", "choices": ["x", "y"], "answer": "x", "category": "c"} for i in range(12)]
+    rows = [{"question": f"q{i}", "choices": ["x", "y"], "answer": "x"} for i in range(12)]
     train, test = write_rows("a.jsonl", rows[:10]), write_rows("b.jsonl", rows[10:])
     task = load_task(dset("jsonl", train_file=str(train), test_file=str(test)), ".", seed=0)
     assert (len(task.train), len(task.validation), len(task.test)) == (9, 1, 2)
-    assert task.test[0].category == "c"
     evaluation = load_task(dset("jsonl", test_file=str(test)), ".", seed=0)
     assert (evaluation.train, len(evaluation.test)) == ([], 2)
 
@@ -388,6 +387,12 @@ def test_unknown_and_missing_settings(full):
         load_task({"schema": "sst2"}, full, seed=0)
     with pytest.raises(DataError, match=r"dset.splits.tset"):
         load_task(dset("sst2", splits={"tset": "test"}), full, seed=0)
+    with pytest.raises(DataError, match=r"dset.test_file=mine.jsonl is not read with schema sst2: choose another dset"):
+        load_task(dset("sst2", test_file="mine.jsonl"), full, seed=0)
+    with pytest.raises(DataError, match=r"dset.path=foo is not read with schema jsonl"):
+        load_task(dset("jsonl", path="foo"), full, seed=0)
+    with pytest.raises(DataError, match=r"dset.train_file=mine.jsonl is not read with schema quiz"):
+        load_task(dset("quiz", train_file="mine.jsonl"), full, seed=0)
     for unset in ("path", "splits"):
         with pytest.raises(DataError, match=r"dset.path and dset.splits must be set for schema"):
             load_task(dset("sst2") | {unset: None}, full, seed=0)

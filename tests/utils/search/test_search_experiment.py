@@ -35,6 +35,7 @@ def test_it_composes_to_the_same_settings(tmp_path, overrides):
 
 def test_it_holds_overrides_only():
     assert experiment_of(CONFIGS, ["opt.lr=0.5", "paths.output_dir=x", "overwrite=true"]) == {"opt": {"lr": 0.5}}
+    assert experiment_of(CONFIGS, ["opt.lr=0.5", "paths=sweep"]) == {"opt": {"lr": 0.5}}
     assert experiment_of(CONFIGS, ["method=mle"]) == {"defaults": [{"override /method": "mle"}]}
 
 

@@ -9,6 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from utils.locks import try_lock
 from utils.search.sampler import SAMPLERS, NumberedSampler
 from utils.search.study import (
     METRICS,
@@ -265,9 +266,31 @@ def test_a_study_of_an_earlier_version_goes_on_and_names_its_sampler_from_then_o
         open_at(tmp_path, worker, **later | {"search.seed": 1})
 
 
+def test_a_worker_whose_file_goes_before_it_is_locked_has_another(tmp_path, monkeypatch):
+    """Others remove files that nobody has locked; without one it would count as dead."""
+    attempts = []
+
+    def raced(path: Path):
+        lock = try_lock(path)
+        attempts.append(path)
+        if len(attempts) == 1:
+            path.unlink()
+        return lock if len(attempts) != 2 else lock.close()
+
+    monkeypatch.setattr("utils.search.study.try_lock", raced)
+    worker = Worker(tmp_path)
+    assert attempts == [tmp_path / worker.name] * 3, "removed, held by another, its own"
+    other = Worker(tmp_path)
+    assert not other.is_only()
+    worker.close()
+    assert other.is_only()
+
+
 def test_a_compared_study_must_exist_and_have_the_same_objectives(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        load_compared(str(tmp_path / "journal.log"), OBJECTIVES)
+    for location in (str(tmp_path / "journal.log"), f"sqlite:///{tmp_path}/none.db"):
+        with pytest.raises(ValueError, match="no such file"):
+            load_compared(location, OBJECTIVES)
+        assert not list(tmp_path.iterdir())
     worker = Worker(tmp_path)
     study = open_at(tmp_path, worker)
     with pytest.raises(ValueError, match="no complete trial"):
