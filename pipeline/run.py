@@ -137,6 +137,8 @@ def prepare(cfg: DictConfig) -> Run:
     report_rounded(model)
     if start is not None:
         report_held(cfg, model)
+        if cfg.eval.zero_shot:
+            check_base_kept(vars(model.peft_config[model.active_adapter]), " of train.init_adapter")
         if recorded_base(Path(str(start))) not in (None, base):
             logger.warning("train.init_adapter=%s was trained with other base weights, or quantised otherwise", start)
     if cfg.train.fsdp:
@@ -243,8 +245,6 @@ def report_held(cfg: DictConfig, model: Any) -> None:
         differs = sorted(own or (), key=str) != sorted(value, key=str) if isinstance(value, list) else own != value
         if differs:
             logger.warning("train.init_adapter has %s=%s, which holds, not %s", key, own, value)
-    if cfg.eval.zero_shot:
-        check_base_kept(vars(config), " of train.init_adapter")
 
 
 def report_rounded(model: Any) -> None:

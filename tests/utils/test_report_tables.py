@@ -179,6 +179,8 @@ def test_disagreeing_seeds_are_not_significant_however_many_examples():
 
 def test_pairs_need_the_same_seeds_and_examples():
     one = prediction(0)
+    alone = of_losses(0.1)
+    assert not pairable({0: alone}, {0: alone}), "a single example has no spread"
     other = Prediction(IDS[::-1], one.answer, one.log_probs)
     renumbered = Prediction(IDS, (one.answer + 1) % 3, one.log_probs)
     assert pairable({0: one}, {0: one})

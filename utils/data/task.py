@@ -16,8 +16,6 @@ from utils.data.splits import RawSplit, labelled, resolve, subset, without
 SPLITS = ("train", "validation", "test")
 PHRASES = {"sst2": "sentence"}
 """By schema the field of which training rows may hold a part of another row's: SST-2 has its sentences' phrases."""
-
-
 FILES = ("train_file", "validation_file", "test_file")
 """Keys of a user's own data."""
 PLACE = ("path", "config", "splits")
