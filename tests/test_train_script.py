@@ -1272,7 +1272,7 @@ def test_a_process_with_bad_input_exits_with_code_1(tmp_path, overrides):
     [
         (
             "hydra.run.dir=outputs/here",
-            "hydra.run.dir=outputs/here is not where the run would be: set paths.",
+            "hydra.run.dir=outputs/here is not where the run would be: set paths.output_dir",
         ),
         ("hydra.job.chdir=true", "hydra.job.chdir would put the run's folder into itself: leave it out"),
         ("paths.output_dir='~/x'", "paths.output_dir=~/x would be a folder named ~: write the whole path"),

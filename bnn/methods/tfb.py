@@ -57,8 +57,12 @@ class TFB(MLE):
         search_samples: int,
         d_floor: float,
     ) -> None:
-        positive = {"sigma_max": sigma_max, "search_steps": search_steps, "search_samples": search_samples}
-        positive |= {"d_floor": d_floor}
+        positive = {
+            "sigma_max": sigma_max,
+            "search_steps": search_steps,
+            "search_samples": search_samples,
+            "d_floor": d_floor,
+        }
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"method=tfb needs {name} > 0, got {value}")

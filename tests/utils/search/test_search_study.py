@@ -93,19 +93,16 @@ def test_failures_and_pruned_trials_are_recorded_and_the_study_goes_on(tmp_path)
     assert not any(is_lost(trial) for trial in study.trials)
 
 
-def test_failures_in_a_row_end_the_study(tmp_path):
-    def broken(trial: optuna.Trial) -> list[float]:
-        raise ValueError("no such file")
+def broken(trial: optuna.Trial) -> list[float]:
+    raise ValueError("no such file")
 
+
+def test_failures_in_a_row_end_the_study(tmp_path):
     worker = Worker(tmp_path)
     study = open_at(tmp_path, worker)
     with pytest.raises(RuntimeError, match="2 trials in a row failed, the last with: no such file"):
         run(study, worker, 9, broken, max_failures=2)
     assert len(study.trials) == 2
-
-
-def broken(trial: optuna.Trial) -> list[float]:
-    raise ValueError("no such file")
 
 
 @pytest.mark.parametrize("change", [{"type": "float"}, {"choices": [1, 3]}])
