@@ -115,7 +115,7 @@ RULES = {
     "acc": lambda found: (-found["acc"], found["nll"]),
 }
 """Selections among what was tried: what is minimised, on validation data."""
-AS = {"mle": ("ensemble",)}
+AS = {"mle": ("ensemble",), "sgp": ("sgp_ensemble",), "blob": ("blob_ensemble",)}
 """By method the others that are trained with its setting: what they are made of."""
 POST_HOC = {"mle": ("temperature", "laplace", "laplace_last", "tfb"), "sgp": ("sgp_temperature",)}
 """By method the others that start from its adapters and train no further."""

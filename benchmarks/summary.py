@@ -32,10 +32,12 @@ from utils.report_rows import Row, column_name, read_csv
 from utils.report_tables import TIE, Column, columns, values
 
 RESULTS = Path(__file__).parent / "results"
-TRAINED = tuple(method for first in RATES for method in (first, *AS.get(first, ())))
-"""Methods that are compared."""
-SHOWN = (*TRAINED, *(method for first in RATES for method in POST_HOC.get(first, ())))
 BASELINE = "mle"
+TRAINED = tuple(method for first in RATES for method in (first, *(AS[first] if first == BASELINE else ())))
+"""Methods that are compared."""
+MIXTURES = tuple(method for first in RATES if first != BASELINE for method in AS.get(first, ()))
+"""Ensembles of others, each as the other methods are alone."""
+SHOWN = (*TRAINED, *(method for first in RATES for method in POST_HOC.get(first, ())))
 METRICS = {"acc": (100, 1), "nll": (1, 3), "ece": (100, 1), "nll_scaled": (1, 3), "ece_scaled": (100, 1)}
 """With the factor and the digits in which they are shown: ACC and ECE in per cent, NLL in nats."""
 DRAWN = ("nll", "ece")

@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from bnn import SGPLoraConfig
 from bnn.methods import Method
+from bnn.methods.ensemble import Ensemble
 from utils.data.task import TaskConfig
 from utils.llm import load_model, load_tokenizer
 
@@ -106,8 +107,11 @@ def test_peft_keys_are_lora_fields():
 
 
 def parameters_of(method: type) -> set[str]:
-    """Arguments of a class; those that it hands on by keyword are of the next class in the order of resolution."""
-    names: set[str] = set()
+    """Arguments of a class; those that it hands on by keyword are of the next class in the order of resolution.
+
+    An ensemble hands them on to its members.
+    """
+    names = parameters_of(method.member) if issubclass(method, Ensemble) else set[str]()
     for cls in (c for c in method.__mro__ if "__init__" in vars(c) and c is not object):
         own = list(inspect.signature(cls).parameters.values())
         names |= {p.name for p in own if p.kind is not p.VAR_KEYWORD}

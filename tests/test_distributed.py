@@ -28,6 +28,7 @@ RUNS = {
     "mle_fsdp": ("method=mle", "train.fsdp=true"),
     "sgp": ("train.n_mc=2",),
     "sgp_fsdp": ("train.n_mc=2", "train.fsdp=true"),
+    "sgp_ensemble": ("method=sgp_ensemble", "train.fsdp=true"),
     "tied": ("method=mle", "llm.architecture.tie_word_embeddings=true", "train.fsdp=true"),
     "adalora": ("method=adalora", "opt.lr=0.1", "method.factory.orthogonality=3"),
     "cut": ("method=mle",),
@@ -134,7 +135,7 @@ def test_without_noise_two_processes_train_and_predict_as_one(folders, name):
     assert np.abs(trained - zero_shot).max() > 1e-2, "training changed the predictions"
 
 
-@pytest.mark.parametrize("name", ["sgp", "sgp_fsdp"])
+@pytest.mark.parametrize("name", ["sgp", "sgp_fsdp", "sgp_ensemble"])
 def test_each_process_has_its_own_noise_and_the_kl_counts_once(folders, name):
     one, two = (steps(folders[k], name)[0] for k in ("one", "two"))
     assert two["kl"] == pytest.approx(one["kl"], rel=1e-5)  # at the start it does not depend on the draw

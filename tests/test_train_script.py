@@ -219,6 +219,8 @@ def interrupt_after(step: int, patch: pytest.MonkeyPatch) -> None:
         (1, ()),  # within the first epoch
         (3, ("eval.keep=best",)),  # where an epoch ends
         (4, ("inducing.flow_depth=1", "inducing.flow_hidden=8")),
+        (3, ("method=sgp_ensemble", "eval.keep=best")),
+        (4, ("method=blob_ensemble", "method.factory.gamma=null")),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, overrides, monkeypatch, step, extra):
@@ -593,11 +595,12 @@ def test_clipping_bounds_the_step(overrides, monkeypatch):
     assert norms["null"] > 1e-2
 
 
-def test_clipping_couples_no_members(overrides):
-    """The first of three members is clipped as it is alone."""
+@pytest.mark.parametrize("ensemble", ["ensemble", "sgp_ensemble", "blob_ensemble"])
+def test_clipping_couples_no_members(overrides, ensemble):
+    """The first of three members is clipped, and draws, as it does alone."""
     found = []
     for k in (1, 3):
-        method = ("method=ensemble", f"method.factory.members={k}", "train.max_grad_norm=0.01")
+        method = (f"method={ensemble}", f"method.factory.members={k}", "train.max_grad_norm=0.01")
         run = prepare(compose(overrides(*method, "eval.every=none", folder=f"of{k}")))
         train(run)
         found.append({name: p for name, p in parameters(run).items() if ".member0." in name})

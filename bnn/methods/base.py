@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class Method:
     """Splits that ``fit`` reads after training: none where it has nothing to do."""
     peft_type = "LORA"
     """PEFT's name for the adapters that ``load`` takes."""
+    adapter_name = "default"
+    """PEFT's name for the method's adapter; each member of an ensemble has its own."""
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """Add the method's adapter; ``lora`` holds LoraConfig's arguments (r, lora_alpha, target_modules, ...)."""
@@ -90,12 +92,29 @@ class Method:
         Raises:
             ValueError: if the folder holds an adapter of another type.
         """
-        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
-        return of_type(loaded, self.peft_type, folder)
+        name = self.adapter_name
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, is_trainable=True)
+            model.set_adapter(name)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=True)  # type: ignore[arg-type]
+        return of_type(model, self.peft_type, folder, name)
 
     def save(self, model: PeftModel, folder: str | Path) -> None:
-        """Write adapter and whatever ``fit`` found to ``folder``, for ``load``."""
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        """Write adapter and whatever ``fit`` found to ``folder`` (see ``inside``), for ``load``."""
+        model.save_pretrained(str(folder), selected_adapters=[self.adapter_name], save_embedding_layers=False)
+
+    def inside(self, folder: str | Path) -> Path:
+        """Where in the folder of ``save`` PEFT puts the adapter."""
+        return Path(folder) / ("" if self.adapter_name == "default" else self.adapter_name)
+
+    def attach(self, model: nn.Module, config: PeftConfig) -> PeftModel:
+        """The model with a new adapter, active; beside others where it has some."""
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name=self.adapter_name)  # type: ignore[arg-type, return-value]
+        model.add_adapter(self.adapter_name, config)
+        model.set_adapter(self.adapter_name)
+        return model
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups with their learning rates and weight decays."""
@@ -161,17 +180,17 @@ class Method:
         return [n, "mean"] if self.stochastic else ["mean"]
 
 
-def of_type(loaded: PeftModel, peft_type: str, folder: str | Path) -> PeftModel:
+def of_type(loaded: PeftModel, peft_type: str, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """The model; raises ValueError where what was loaded is no adapter of this type, or of a model of other layers."""
-    kind = str(loaded.peft_type.value)
+    kind = str(loaded.peft_config[adapter_name].peft_type.value)  # type: ignore[union-attr]
     if kind != peft_type:
         remedy = "bnn.bayesianize_ makes one of LoRA" if (kind, peft_type) == ("LORA", "SGP_LORA") else "choose another"
         raise ValueError(f"{folder} holds an adapter of type {kind}, and this method takes {peft_type}: {remedy}")
-    check_layers(loaded, folder)
+    check_layers(loaded, folder, adapter_name)
     return loaded
 
 
-def check_layers(loaded: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+def check_layers(loaded: PeftModel, folder: str | Path, adapter_name: str) -> None:
     """Raise ValueError where the file of an adapter that was loaded is one of a model of other layers."""
     if (file := Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
         with safe_open(str(file), "pt") as tensors:

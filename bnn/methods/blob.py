@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class RandomAMethod(Method):
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """See ``Method.adapt``."""
         check_targets(model, lora["target_modules"])
-        adapted = get_peft_model(model, LoraConfig(**lora))
+        adapted = self.attach(model, LoraConfig(**lora))
         self._replace_all(adapted, None)
         return adapted
 
@@ -95,13 +95,19 @@ class RandomAMethod(Method):
         """Write the mean as a plain LoRA adapter, which PEFT alone can load, and the rest beside it."""
         state = model.state_dict()
         extra: dict[str, Tensor] = {}
-        for path, layer in random_layers(model):
+        for path, layer in self._own(model):
             for name in [key for key in state if key.startswith(f"{path}.")]:
                 del state[name]
             state[f"{path}.weight"] = layer.weight.detach().contiguous()
-            extra |= {f"{path}.{n}": t.detach().cpu().contiguous() for n, t in layer.extra_tensors().items()}
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
-        save_file(extra, Path(folder) / self.extra_file)
+            saved = f"{path.removesuffix(self.adapter_name)}default"
+            extra |= {f"{saved}.{n}": t.detach().cpu().contiguous() for n, t in layer.extra_tensors().items()}
+        which = [self.adapter_name]
+        model.save_pretrained(str(folder), selected_adapters=which, save_embedding_layers=False, state_dict=state)
+        save_file(extra, self.inside(folder) / self.extra_file)
+
+    def _own(self, model: nn.Module) -> list[tuple[str, RandomA]]:
+        """The random matrices of the method's own adapter, with their paths."""
+        return [own for own in random_layers(model) if own[0].endswith(f".{self.adapter_name}")]
 
     def _replace_all(self, model: PeftModel, saved: dict[str, Tensor] | None) -> None:
         adapter = model.active_adapter
@@ -114,7 +120,7 @@ class RandomAMethod(Method):
                 continue
             check_plain(layer, adapter, path, "a random A")
             A = layer.lora_A[adapter]
-            prefix = f"{path}.lora_A.{adapter}."
+            prefix = f"{path}.lora_A.default."
             own = None
             if saved is not None:
                 own = {key.removeprefix(prefix): t.to(A.weight) for key, t in saved.items() if key.startswith(prefix)}
@@ -126,7 +132,7 @@ class RandomAMethod(Method):
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The random A, whose prior is its only decay, and the rest (B) with ``weight_decay``."""
-        random = {id(p) for _, layer in random_layers(model) for p in layer.parameters()}
+        random = {id(p) for _, layer in self._own(model) for p in layer.parameters()}
         parameters = [p for _, p in trainable(model)]
         return [
             {"params": [p for p in parameters if id(p) in random], "lr": lr, "weight_decay": 0.0},
@@ -183,7 +189,7 @@ class RandomAMethod(Method):
         if self._schedule is None:
             raise ValueError("the weights of the KL depend on the schedule: call start before after_step")
         size = self.kl_lr * rate * kl_weight(step, self._schedule, self.gamma)
-        for _, layer in random_layers(model):
+        for _, layer in self._own(model):
             layer.kl_step(size)
 
 

@@ -5,33 +5,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from bnn.lora import KEEPING_BASE
-from bnn.methods.base import Method, check_layers, check_targets
+from bnn.methods.base import Method, Schedule
+from bnn.methods.mle import MLE
 
 
 class Ensemble(Method):
-    """p(y | x) = (1/K) sum_k softmax(scores_k) over K LoRA adapters (Lakshminarayanan et al., 2017).
+    """p(y | x) = (1/K) sum_k p_k(y | x) over K adapters on one base model (Lakshminarayanan et al., 2017).
 
     Every member has its own initial A, drawn in turn from PyTorch's global generator by ``adapt``, and is trained by
-    maximum likelihood on the same batches in the same order: members differ by their initial values (and dropout),
-    not by the order of the data or by bootstrapping, and independent runs with other seeds differ more. Weight decay
-    is ``opt.weight_decay``. The adapters are PEFT's, named ``member0``, ``member1``, ...
+    its method on the same batches in the same order: members differ by their initial values (and dropout, and draws),
+    not by the order of the data or by bootstrapping, and independent runs with other seeds differ more. Where members
+    have posteriors q_k, the ensemble's is their mixture q = (1/K) sum_k q_k, each prediction's draws shared out equally
+    (Wilson & Izmailov, NeurIPS 2020). KL[q || p] <= (1/K) sum_k KL[q_k || p] by convexity, so the mean of the members'
+    ELBOs is a bound on the mixture's. The adapters are PEFT's, named ``member0``, ``member1``, ..., and each is what
+    its method saves: PEFT or the method alone loads it.
 
     Args:
         members: K, at least 1.
+        of: arguments of the members' method.
 
     Raises:
         ValueError: for K < 1.
     """
 
-    def __init__(self, members: int) -> None:
+    member: type[Method] = MLE
+    """The members' method: one that finds nothing after training (``fit``)."""
+
+    def __init__(self, members: int, **of: Any) -> None:
         if members < 1:
-            raise ValueError(f"method=ensemble needs members >= 1, got {members}")
-        self.names = [f"member{k}" for k in range(members)]
+            raise ValueError(f"an ensemble needs members >= 1, got {members}")
+        self.own = {f"member{k}": self.member(**of) for k in range(members)}
+        self.names = list(self.own)
+        for name, method in self.own.items():
+            method.adapter_name = name
+        self.adapter_name = self.names[0]
+        self.stochastic = self.member.stochastic
+        self._parameters: dict[str, set[int]] = {}
 
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """See ``Method.adapt``.
@@ -39,26 +53,24 @@ class Ensemble(Method):
         Raises:
             ValueError: for an initialisation that changes the base model: every member would do so to all.
         """
-        check_targets(model, lora["target_modules"])
         start = lora.get("init_lora_weights", True)
         if isinstance(start, str) and start not in KEEPING_BASE:
             raise ValueError(
-                f"method=ensemble shares one base model, which peft.init_lora_weights={start} changes for every "
+                f"an ensemble shares one base model, which peft.init_lora_weights={start} changes for every "
                 f"member: use true or {' or '.join(KEEPING_BASE)}"
             )
-        first, *others = self.names
-        adapted = get_peft_model(model, LoraConfig(**lora), adapter_name=first)
-        for name in others:
-            adapted.add_adapter(name, LoraConfig(**lora))
-        self._activate(adapted, first)
-        return adapted
+        adapted: Any = model
+        for method in self.own.values():
+            adapted = method.adapt(adapted, lora)
+        self._activate(adapted, self.names[0])
+        return adapted  # type: ignore[no-any-return]
 
     def load(self, model: nn.Module, folder: str | Path) -> PeftModel:
         """Load all members from ``folder``.
 
         Raises:
             FileNotFoundError: naming the members that are missing.
-            ValueError: if the folder holds more members than the method has, or those of a model of other layers.
+            ValueError: if the folder holds more members than the method has, or those of another kind or model.
         """
         folder = Path(folder)
         missing = [name for name in self.names if not (folder / name / CONFIG_NAME).is_file()]
@@ -73,13 +85,39 @@ class Ensemble(Method):
                 f"{folder} also holds {', '.join(extra)}, but the method has members={len(self.names)}: "
                 "set the number of members to that of the saved ensemble"
             )
-        first, *others = self.names
-        loaded = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first, is_trainable=True)  # type: ignore[arg-type]
-        for name in others:
-            loaded.load_adapter(str(folder / name), name, is_trainable=True)
-        for name in self.names:
-            check_layers(loaded, folder / name, name)
-        return loaded
+        loaded: Any = model
+        for name, method in self.own.items():
+            loaded = method.load(loaded, folder / name)
+        self._activate(loaded, self.names[0])
+        return loaded  # type: ignore[no-any-return]
+
+    def save(self, model: PeftModel, folder: str | Path) -> None:
+        """Write each member to a folder of its name."""
+        for method in self.own.values():
+            method.save(model, folder)
+
+    def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Those of every member."""
+        groups = []
+        for name, method in self.own.items():
+            self._activate(model, name, alone=True)
+            found = method.parameter_groups(model, lr, weight_decay)
+            self._parameters[name] = {id(p) for group in found for p in group["params"]}
+            groups += found
+        self._activate(model, self.names[0])
+        return groups
+
+    def clipped_together(self, model: nn.Module, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Each member by itself."""
+        parts = []
+        for name, method in self.own.items():
+            parts += method.clipped_together(model, [p for p in parameters if id(p) in self._parameters[name]])
+        return parts
+
+    def start(self, model: nn.Module, schedule: Schedule) -> None:
+        """See ``Method.start``."""
+        for method in self.own.values():
+            method.start(model, schedule)
 
     def members(self, model: nn.Module) -> Iterator[None]:
         """Activate each member in turn; all stay trainable, but only the active one gets gradients."""
@@ -87,22 +125,46 @@ class Ensemble(Method):
             self._activate(model, name)
             yield
 
-    def clipped_together(self, model: nn.Module, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Each member by itself."""
-        own = {id(p): name for path, p in model.named_parameters() for name in self.names if name in path.split(".")}
-        return [[p for p in parameters if own.get(id(p)) == name] for name in self.names]
+    def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Any:
+        """Draws of the active member. See ``Method.sample``."""
+        return self.own[self._active].sample(model, n, generator)
 
-    def predict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Scores (K, N, C) of every example under every member, whatever n. Member 0 is active afterwards."""
-        results = [super(Ensemble, self).predict(model, *args, **kwargs) for _ in self.members(model)]
+    def after_step(self, model: nn.Module, step: int, rate: float) -> None:
+        """See ``Method.after_step``."""
+        for method in self.own.values():
+            method.after_step(model, step, rate)
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """That of every member, by name."""
+        return {name: method.state(model) for name, method in self.own.items()}
+
+    def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """See ``Method.load_state``."""
+        for name, method in self.own.items():
+            method.load_state(model, state.get(name, {}))
+
+    def predict(self, model: nn.Module, *args: Any, n: int | None, **kwargs: Any) -> Tensor:
+        """Scores (S, N, C), member by member; member 0 is active afterwards.
+
+        S is K for members that are deterministic and for n = None, which takes each one's mean, else n rounded up to a
+        multiple of K.
+        """
+        each = None if n is None else -(-n // len(self.names))
+        results = []
+        for name, method in self.own.items():
+            self._activate(model, name)
+            results.append(method.predict(model, *args, n=each, **kwargs))
         self._activate(model, self.names[0])
         return torch.cat(results)
 
     def modes(self, n: int) -> list[int | str]:
-        """K: an ensemble has no other prediction, whatever n."""
-        return [len(self.names)]
+        """See ``Method.modes``; K for members that are deterministic, whatever n."""
+        K = len(self.names)
+        return [-(-n // K) * K, "mean"] if self.stochastic else [K]
 
-    def _activate(self, model: Any, name: str) -> None:
-        """Use one member, and undo that PEFT freezes those it deactivates: they remain the optimiser's."""
+    def _activate(self, model: Any, name: str, alone: bool = False) -> None:
+        """Use one member; PEFT freezes those it deactivates, which is undone unless ``alone``: they remain trained."""
         model.set_adapter(name)
-        model.set_requires_grad(self.names)
+        self._active = name
+        if not alone:
+            model.set_requires_grad(self.names)

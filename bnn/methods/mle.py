@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from bnn.methods.base import Method, check_targets
@@ -14,4 +14,4 @@ class MLE(Method):
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """See ``Method.adapt``."""
         check_targets(model, lora["target_modules"])
-        return get_peft_model(model, LoraConfig(**lora))
+        return self.attach(model, LoraConfig(**lora))

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 
 from bnn.adapter import SGPLoraConfig, SGPLoraType
@@ -59,7 +59,7 @@ class SGP(Method):
     def adapt(self, model: nn.Module, lora: dict[str, Any]) -> PeftModel:
         """See ``Method.adapt``."""
         check_targets(model, lora["target_modules"])
-        return get_peft_model(model, SGPLoraConfig(**lora, **self.posterior))
+        return self.attach(model, SGPLoraConfig(**lora, **self.posterior))
 
     def sample(self, model: nn.Module, n: int, generator: Any) -> AbstractContextManager[LiveSample]:
         """See ``bnn.sample``; with ``antithetic`` the second half of an even number of draws mirrors the first."""

@@ -133,7 +133,7 @@ def test_the_choice_is_by_the_mean_over_the_seeds(tmp_path):
             workers.write_json_atomic(job.folder / workers.TUNED, {"nll": value, "acc": 0.5, "ece": 0.1})
     *_, (_, first), (_, after) = list(made.chain("sst2_500", "blob", ("nll",)))
     assert {job.folder.parent.name for job in first} == {f"{RATES['blob'][1]:g}"}
-    assert not after
+    assert {job.folder.parts[-3] for job in after} == {"blob_ensemble"}
 
 
 def test_the_declared_search_whole(tmp_path):
@@ -203,7 +203,7 @@ def test_rules_come_in_order_and_others_are_left_out(tmp_path, monkeypatch):
 
     stages = list(Comparison(tmp_path).chain("sst2_500", "blob", ("acc", "nll")))
     made = [(priority, {job.folder.parent.name for job in stage}) for priority, stage in stages if stage]
-    assert made == [(0, {"0.002"}), (1, {"0.001"})]
+    assert made == [(0, {"0.002"})] * 2 + [(1, {"0.001"})] * 2, "each with the ensemble that has the setting"
     alone = [stage for _, stage in Comparison(tmp_path).chain("sst2_500", "blob", ("nll",)) if stage]
     assert {job.folder.parent.name for stage in alone for job in stage} == {"0.001"}
     monkeypatch.setattr(Comparison, "found", lambda *_: {})
@@ -246,8 +246,9 @@ def test_the_whole_comparison_and_its_repetition(tmp_path, overrides, monkeypatc
             means = {s: {k: (a[k] + b[k]) / 2 for k in ("nll", "acc")} for s, (a, b) in full.items()}
             settings[m] = min(means, key=lambda s: best(means[s]))
         folders = (made.out / f"by_{rule}.txt").read_text().split()
-        assert len(folders) == 1 + 2 * 5
-        others = (("ensemble", "mle"), ("temperature", "mle"), ("sgp_temperature", "sgp"))
+        assert len(folders) == 1 + 2 * 6
+        of_sgp = (("sgp_temperature", "sgp"), ("sgp_ensemble", "sgp"))
+        others = (("ensemble", "mle"), ("temperature", "mle"), *of_sgp)
         for method, setting in (("mle", "mle"), ("sgp", "sgp"), *others):
             for seed in (0, 1):
                 assert str(made.out / "final" / "tiny" / method / settings[setting] / f"seed{seed}") in folders
@@ -335,7 +336,7 @@ def test_every_method_may_stop_early_if_asked_for(method, tmp_path, monkeypatch)
     first, after = made.test_stages("sst2_500", method, Setting(1e-3, "early_stopping"))
     for job in (*first, *after):
         keys = workers.by_key(job.overrides)
-        trains = keys["method"] in (*RATES, "ensemble")
+        trains = keys["method"] in (*RATES, *(name for names in comparison.AS.values() for name in names))
         assert keys["eval.keep"] == ("best" if trains else "last"), keys["method"]
 
 
@@ -426,7 +427,7 @@ def test_adapters_are_found_in_a_folder_of_any_name(tmp_path):
     adapters = [made.final_folder("sst2_100", "sgp", Setting(1e-3), seed) / "adapter" for seed in comparison.SEEDS]
     for adapter in adapters[1:]:
         adapter.mkdir(parents=True)
-    jobs = made.jobs_after("sgp", "sst2_100", Setting(1e-3))
+    jobs = [job for job in made.jobs_after("sgp", "sst2_100", Setting(1e-3)) if "/sgp_temperature/" in str(job.folder)]
     found = [compose(CONFIGS, [*job.overrides, "paths.output_dir=x"]).train.init_adapter for job in jobs]
     assert found == [str(adapter) for adapter in adapters]
     assert workers.startable(jobs) == jobs[1:]
@@ -484,7 +485,7 @@ def test_lists_hold_what_was_made_and_searches_that_have_not_ended_are_named(tmp
     diverging.add(("0.002", 100))
     made, path = Comparison(tmp_path), tmp_path / "tuning.json"
     made.run(["sst2_500"], 1)
-    assert len((tmp_path / "by_nll.txt").read_text().split()) == 1 + 3 * 3, "the base model, mle, its ensemble, blob"
+    assert len((tmp_path / "by_nll.txt").read_text().split()) == 1 + 4 * 3, "base model, mle and blob, their ensembles"
     assert longer.chosen_in(path, "sst2_500")["blob"] == dict.fromkeys(("nll", "acc"), Setting(1e-3))
 
     (made.tuning_job("sst2_500", "blob", Setting(2e-3), 100).folder / workers.DIVERGED_FILE).unlink()

@@ -173,6 +173,7 @@ def test_a_rule_alone_trains_nothing_of_the_other(tmp_path, tuning, asked):
         (["blob", "sgp"], {"blob", "sgp"}),
         (["temperature"], {"mle", "temperature"}),
         (["ensemble"], {"ensemble"}),
+        (["sgp_ensemble"], {"sgp_ensemble"}),
         (["mle", "ensemble"], {"mle", "ensemble"}),
     ],
 )

@@ -91,7 +91,7 @@ def test_every_members_parameters_are_the_optimisers_and_stay_trainable(model, i
 
 def test_each_members_gradient_is_clipped_by_itself(model):
     method = Ensemble(K)
-    parameters = [p for _, p in trainable(model)]
+    parameters = [p for group in optimizer_of(method, model).param_groups for p in group["params"]]
     parts = method.clipped_together(model, parameters)
     assert [{id(p) for p in part} for part in parts] == [{id(p) for p in of(model, n).values()} for n in method.names]
     assert MLE().clipped_together(model, parameters) == [parameters]
