@@ -7,13 +7,14 @@ which it is the best or within one standard error of it (that of the best, over 
 the tasks of what it takes off LoRA's NLL and ECE. The others have the means over nine tasks, each with one standard
 error over the seeds: without and with early stopping for every method and with adapters on all linear layers, where
 post-hoc methods, which start from what another has learned, have rows too; and with a temperature for each of those
-that train.
+that train. The second counts the same with ensembles of posteriors (``MIXTURES``) in the place of the methods that they
+are of, as they cost so many times the training as they have members.
 """
 
 import argparse
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -35,9 +36,13 @@ RESULTS = Path(__file__).parent / "results"
 BASELINE = "mle"
 TRAINED = tuple(method for first in RATES for method in (first, *(AS[first] if first == BASELINE else ())))
 """Methods that are compared."""
-MIXTURES = tuple(method for first in RATES if first != BASELINE for method in AS.get(first, ()))
-"""Ensembles of others, each as the other methods are alone."""
+MIXTURES = {first: ensemble for first in RATES if first != BASELINE for ensemble in AS.get(first, ())}
+"""By method the ensemble of its posteriors."""
 SHOWN = (*TRAINED, *(method for first in RATES for method in POST_HOC.get(first, ())))
+"""Methods that every comparison has."""
+LEARNED = (*TRAINED, *MIXTURES.values())
+ROWS = (*LEARNED, *(method for method in SHOWN if method not in TRAINED))
+"""Those of the tables of means, ensembles of posteriors where there are any."""
 METRICS = {"acc": (100, 1), "nll": (1, 3), "ece": (100, 1), "nll_scaled": (1, 3), "ece_scaled": (100, 1)}
 """With the factor and the digits in which they are shown: ACC and ECE in per cent, NLL in nats."""
 DRAWN = ("nll", "ece")
@@ -56,11 +61,13 @@ class Grid(NamedTuple):
     rules: tuple[str, ...] = ("acc", "nll")
     stopping: int | None = None
     """The times of a task's epochs, where every method may stop early: what that changes is in files of its own."""
+    mixtures: int | None = None
+    """The times of a task's epochs, where there are ensembles of posteriors, in files of their own."""
 
 
 Found = Mapping[tuple[Grid, str], dict[str, Column]]
 """By grid and rule its tasks, by task each method's rows."""
-TABLES = (Grid("1 to 15 epochs", "comparison"), Grid("four times the epochs", "longer_tuned"))
+TABLES = (Grid("1 to 15 epochs", "comparison", mixtures=1), Grid("four times the epochs", "longer_tuned", mixtures=4))
 """Those of all tasks."""
 STOPPING = (
     Grid("1 to 15 epochs, every method may stop early", "comparison", stopping=1),
@@ -89,10 +96,15 @@ def read(grid: Grid, rule: str, results: Path = RESULTS) -> dict[str, Column]:
         changed = columns(read_csv(folder / f"times_{grid.stopping}.csv"), grid.model, "test")
         for task, method in choices_changed(folder / "chosen.csv", grid.stopping, rule):
             tasks[task][method] = changed.get(task, {}).get(method, [])
+    mixtures: dict[str, Column] = {}
+    if grid.mixtures is not None:
+        path = results / "mixtures" / f"times_{grid.mixtures}_by_{rule}.csv"
+        mixtures = columns(read_csv(path), grid.model, "test")
     for task, column in tasks.items():
         seeds = {row.seed for row in column[BASELINE]}
         if lacking := [name for name in SHOWN if name in column and {row.seed for row in column[name]} != seeds]:
             raise ValueError(f"{grid.label}, by {rule}: {lacking[0]} on {task} has not all seeds that LoRA has")
+        column.update({name: rows for name, rows in mixtures.get(task, {}).items() if {r.seed for r in rows} == seeds})
     return tasks
 
 
@@ -132,6 +144,14 @@ def behind(column: Column, metric: str) -> tuple[float, float]:
     return losses[FOREMOST] - losses[best], standard_error(column[best], metric)
 
 
+def mixed(tasks: dict[str, Column], methods: Collection[str]) -> dict[str, Column]:
+    """The same with the ensembles of these methods' posteriors in their place, where there are any."""
+    return {
+        task: column | {name: column[MIXTURES[name]] for name in methods if MIXTURES[name] in column}
+        for task, column in tasks.items()
+    }
+
+
 def counts(tasks: dict[str, Column]) -> list[str]:
     """The cells of a row of the first table."""
     cells = [str(len(tasks))]
@@ -169,20 +189,35 @@ def means(tasks: dict[str, Column], method: str, metrics: Sequence[str]) -> str:
 
 def counted(found: Found) -> str:
     """The first table."""
-    head = ["", "tasks", "NLL lowest", "ECE lowest", "ACC highest", "ACC within half a point"]
     rows = []
     for (grid, rule), tasks in found.items():
         label = f"{grid.label}, by {rule.upper()}" if rule == grid.rules[0] else f"the same, by {rule.upper()}"
         rows.append([label, *counts(tasks)])
+    return table_of_counts(rows)
+
+
+def counted_mixtures(found: Found) -> str:
+    """The second: the ensemble of SGP-LoRA's posteriors, and by accuracy against BLoB's."""
+    rows = []
+    for (grid, rule), tasks in found.items():
+        rows.append([f"{grid.label}, by {rule.upper()}", *counts(mixed(tasks, [FOREMOST]))])
+        if rule == "acc":
+            rows.append(["the same, BLoB's ensemble too", *counts(mixed(tasks, MIXTURES))])
+    return table_of_counts(rows)
+
+
+def table_of_counts(rows: Sequence[Sequence[str]]) -> str:
+    """Cells of ``counts`` under their titles, each row with a label."""
+    head = ["", "tasks", "NLL lowest", "ECE lowest", "ACC highest", "ACC within half a point"]
     return markdown_table([*head, "off LoRA's NLL", "off LoRA's ECE"], rows)
 
 
-def averaged(found: Found, methods: Sequence[str] = SHOWN, metrics: Sequence[str] = ("acc", "nll", "ece")) -> str:
+def averaged(found: Found, methods: Sequence[str] = ROWS, metrics: Sequence[str] = ("acc", "nll", "ece")) -> str:
     """A table of means: a row for each method, a column for each grid by a rule."""
     shown = " / ".join(metric.removesuffix("_scaled").upper() for metric in metrics)
     head = [shown, *(f"{grid.label}, by {rule.upper()}" for grid, rule in found)]
-    rows = [[f"`{method}`", *(means(tasks, method, metrics) for tasks in found.values())] for method in methods]
-    return markdown_table(head, rows)
+    cells = {method: [means(tasks, method, metrics) for tasks in found.values()] for method in methods}
+    return markdown_table(head, [[f"`{name}`", *of] for name, of in cells.items() if any(of) or name in SHOWN])
 
 
 def draw(found: Found, path: Path) -> Path:
@@ -192,16 +227,16 @@ def draw(found: Found, path: Path) -> Path:
         axes = figure.subplots(len(DRAWN), len(found), sharex="row", sharey=True, squeeze=False)
         for row, metric in zip(axes, DRAWN, strict=True):
             for ax, ((grid, rule), tasks) in zip(row, found.items(), strict=True):
-                for at, method in enumerate(SHOWN):
+                for at, method in enumerate(ROWS):
                     if (of := over_tasks(tasks, method, metric)) is not None:
                         look = {"color": COLOURS[1] if method.startswith(FOREMOST) else COLOURS[0], "capsize": 3}
-                        filled = {"markerfacecolor": "white"} if method not in TRAINED else {}
+                        filled = {"markerfacecolor": "white"} if method not in LEARNED else {}
                         ax.errorbar(of[0], at, xerr=of[1], fmt="o", **look, **filled)
                 ax.set_xlabel(TITLES[metric])
                 ax.xaxis.set_major_locator(MaxNLocator(5))
                 if metric == DRAWN[0]:
                     ax.set_title(f"{grid.label},\nby {rule.upper()}")
-        axes[0, 0].set_yticks(range(len(SHOWN)), SHOWN)
+        axes[0, 0].set_yticks(range(len(ROWS)), ROWS)
         axes[0, 0].invert_yaxis()
         return save_figure(figure, path)
 
@@ -216,10 +251,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = (TABLES, STOPPING, (ALL_LINEAR,))
         tables, stopping, all_linear = ({key: found[key] for key in found if key[0] in grids} for grids in shown)
         print(counted(found))
+        print(counted_mixtures(tables))
         print(averaged(tables))
         print(averaged(stopping))
         print(averaged(all_linear))
-        print(averaged(tables, TRAINED, SCALED), end="")
+        print(averaged(tables, LEARNED, SCALED), end="")
         if arguments.figure:
             draw(tables, arguments.figure)
 

@@ -324,6 +324,7 @@ def plan(
         rank=max((cfg.peft.r, *sizes)),
         checkpointing=cfg.llm.gradient_checkpointing,
         evaluation=evaluation_shapes(cfg, world, data, encoder),
+        adapters=cfg.method.factory.get("members", 1),
         shards=world.size if cfg.train.fsdp else 1,
         graphs=graphs,
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import summary
-from benchmarks.summary import SHOWN, TRAINED, Grid
+from benchmarks.summary import LEARNED, SHOWN, TRAINED, Grid
 from utils.report_rows import Row, write_csv
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,47 @@ def test_means_over_tasks_and_their_error_over_seeds():
     assert summary.means(tasks, "sgp", ("nll",)) == "", "of a method that a task lacks"
 
 
+def test_an_ensemble_of_posteriors_counts_in_the_place_of_what_it_is_of():
+    one = column(sgp=[(0.8, 0.45, 0.08)] * 3, blob=[(0.8, 0.4, 0.09)] * 3)
+    one["sgp_ensemble"] = [row("sgp_ensemble", seed, 0.82, 0.35, 0.06) for seed in range(3)]
+    tasks = {"a": one, "b": column()}
+    assert summary.counts(tasks)[1:4] == ["1", "2", "2"]
+    assert summary.counts(summary.mixed(tasks, ["sgp"])) == ["2", "2", "2", "2", "2", "15 %", "20 %"]
+    assert summary.mixed(tasks, ["blob"]) == tasks, "there is none"
+    one["blob_ensemble"] = [row("blob_ensemble", seed, 0.83, 0.3, 0.07) for seed in range(3)]
+    assert summary.counts(summary.mixed(tasks, summary.MIXTURES))[1:5] == ["1", "2", "1", "1"]
+    table = summary.counted_mixtures({(Grid("any", "x"), "acc"): tasks, (Grid("any", "x"), "nll"): tasks}).splitlines()
+    of_sgp = "| 2 | 2 | 2 | 2 | 2 | 15 % | 20 % |"
+    assert table[2:] == [
+        f"| any, by ACC {of_sgp}",
+        "| the same, BLoB's ensemble too | 2 | 1 | 2 | 1 | 1 | 15 % | 20 % |",
+        f"| any, by NLL {of_sgp}",
+    ]
+
+
+def test_tables_of_means_leave_out_ensembles_that_they_have_none_of():
+    one = column()
+    lines = summary.averaged({(Grid("any", "x"), "acc"): {"a": one}}, LEARNED).splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == list(TRAINED)
+    one["sgp_ensemble"] = [row("sgp_ensemble", seed, 0.8, 0.4, 0.1) for seed in range(3)]
+    del one["map"]
+    lines = summary.averaged({(Grid("any", "x"), "acc"): {"a": one}}, LEARNED).splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == [*TRAINED, "sgp_ensemble"]
+    assert "| `map` |  |" in lines
+
+
+def test_ensembles_of_posteriors_are_in_files_of_their_own_and_need_all_seeds(tmp_path):
+    for folder in ("comparison/by_acc", "mixtures"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_csv(tmp_path / "comparison" / "by_acc" / "results.csv", [row for rows in column().values() for row in rows])
+    found = [row("sgp_ensemble", seed, 0.8, 0.4, 0.1) for seed in range(3)]
+    found += [row("blob_ensemble", seed, 0.8, 0.4, 0.1) for seed in range(2)]
+    write_csv(tmp_path / "mixtures" / "times_1_by_acc.csv", found)
+    read = summary.read(Grid("any", "comparison", mixtures=1), "acc", tmp_path)["cola"]
+    assert read.keys() - set(SHOWN) == {"sgp_ensemble"}
+    assert summary.read(Grid("any", "comparison"), "acc", tmp_path)["cola"].keys() == set(SHOWN)
+
+
 @pytest.fixture
 def results(tmp_path):
     """One task by accuracy, where early stopping changes the choices of LoRA+ and SGP-LoRA."""
@@ -87,9 +128,10 @@ def test_tasks_as_reports_name_them():
 def test_documents_have_what_the_results_give(tmp_path, capsys):
     assert len(TRAINED) == 9
     summary.main(["--figure", str(tmp_path / "means.png")])
-    counted, *averaged = capsys.readouterr().out.split("\n\n")
+    counted, mixtures, *averaged = capsys.readouterr().out.split("\n\n")
     readme, comparison = ((ROOT / name).read_text() for name in ("README.md", "benchmarks/results/COMPARISON.md"))
     assert counted in readme
+    assert mixtures in readme
     assert len(averaged) == 4
     assert all(table.strip() in comparison for table in averaged)
     assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")

@@ -76,6 +76,7 @@ def plan_memory(
     rank: int,
     checkpointing: bool,
     evaluation: Sequence[Shape],
+    adapters: int = 1,
     shards: int = 1,
     graphs: bool = False,
 ) -> MemoryPlan:
@@ -97,6 +98,7 @@ def plan_memory(
         rank: r, or the larger inducing size: an adapter has about rank * (d_in + d_out) numbers.
         checkpointing: whether activations are recomputed.
         evaluation: of the forward passes in evaluation.
+        adapters: how many are trained.
         shards: processes that share the frozen weights.
         graphs: whether training steps are CUDA graphs, which keep their memory while a batch of a new shape runs.
     """
@@ -111,7 +113,7 @@ def plan_memory(
     training *= 2 if graphs else 1
     layer = max((own.rows * own.tokens for own in evaluation), default=0) * (4 * hidden + 3 * inner) * dtype.itemsize
     logits = max((logits_bytes(own, text.vocab_size, dtype, copies=1) for own in evaluation), default=0)
-    adapter = STATE_BYTES * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))
+    adapter = STATE_BYTES * adapters * rank * sum(sum(m.get_parameter("weight").shape) for m in adapted(model, targets))
     return MemoryPlan(
         model=weight_bytes(model, quantization) // shards,
         adapter=adapter,

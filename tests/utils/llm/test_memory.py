@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline import run as runs
 from utils.data.batch import AT_ONCE
+from utils.distributed import World
 from utils.llm import LLMLoadError, load_config, memory
 from utils.llm.memory import STATE_BYTES, MemoryPlan, Shape, plan_memory, weight_bytes
-from utils.settings import compose, plain
+from utils.settings import compose, model_settings, plain
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -102,6 +103,7 @@ def test_what_takes_more_memory():
     assert estimate(config, shape, evaluation=[Shape(32, 4096, 4096)]).activations > 10 * base.activations, "logits"
     assert estimate(config, shape, graphs=True).activations == 2 * base.activations
     assert estimate(config, shape, shards=4).model == base.model // 4
+    assert estimate(config, shape, adapters=3).adapter == 3 * base.adapter
 
 
 @pytest.mark.parametrize(("dtype", "size", "transient"), [(torch.bfloat16, 2, 8), (torch.float32, 4, 4)])
@@ -139,6 +141,17 @@ def test_a_run_that_cannot_fit_ends_before_weights_are_read(tmp_path, overrides:
     with pytest.raises(LLMLoadError, match=r"memory: model .* of 0.00 GB .* that cannot fit"):
         runs.prepare(cfg)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("ensemble", "of"), [("ensemble", "mle"), ("sgp_ensemble", "sgp")])
+def test_every_member_of_an_ensemble_counts(overrides: Callable[..., list[str]], ensemble, of):
+    adapters = {}
+    for method in (ensemble, of):
+        cfg = compose(ROOT / "configs", overrides(f"method={method}"))
+        data, encoder = runs.load_data(cfg)
+        plan = runs.plan(cfg, World(CPU), data, encoder, torch.float32, model_settings(cfg))
+        adapters[method] = plan.adapter
+    assert adapters[ensemble] == 3 * adapters[of] > 0
 
 
 def test_a_container_may_have_less_than_its_host(tmp_path, monkeypatch):
