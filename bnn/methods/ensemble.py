@@ -127,7 +127,7 @@ class Ensemble(Method):
 
     def sample(self, model: nn.Module, n: int, generator: torch.Generator | None) -> Any:
         """Draws of the active member. See ``Method.sample``."""
-        return self.own[self._active].sample(model, n, generator)
+        return self.own[str(model.active_adapter)].sample(model, n, generator)
 
     def after_step(self, model: nn.Module, step: int, rate: float) -> None:
         """See ``Method.after_step``."""
@@ -165,6 +165,5 @@ class Ensemble(Method):
     def _activate(self, model: Any, name: str, alone: bool = False) -> None:
         """Use one member; PEFT freezes those it deactivates, which is undone unless ``alone``: they remain trained."""
         model.set_adapter(name)
-        self._active = name
         if not alone:
             model.set_requires_grad(self.names)
