@@ -64,8 +64,8 @@ def settings(folder: Path, overrides: Sequence[str]) -> DictConfig:
     complete.merge_with(cfg)
     check(complete)
     check_types(complete, CONFIGS)
-    if "antithetic" not in cfg.method.factory:
-        raise ValueError(f"{folder} was trained with method={cfg.method.name}: only sgp has antithetic draws")
+    if "antithetic" not in cfg.method.factory or "members" in cfg.method.factory:
+        raise ValueError(f"{folder} was trained with method={cfg.method.name}: only sgp has such draws")
     return cfg
 
 

@@ -62,7 +62,7 @@ class Grid(NamedTuple):
     stopping: int | None = None
     """The times of a task's epochs, where every method may stop early: what that changes is in files of its own."""
     mixtures: int | None = None
-    """The times of a task's epochs, where there are ensembles of posteriors, in files of their own."""
+    """The times of a task's epochs, where there are ensembles of posteriors: in files of their own, SGP-LoRA's whole."""
 
 
 Found = Mapping[tuple[Grid, str], dict[str, Column]]
@@ -104,7 +104,10 @@ def read(grid: Grid, rule: str, results: Path = RESULTS) -> dict[str, Column]:
         seeds = {row.seed for row in column[BASELINE]}
         if lacking := [name for name in SHOWN if name in column and {row.seed for row in column[name]} != seeds]:
             raise ValueError(f"{grid.label}, by {rule}: {lacking[0]} on {task} has not all seeds that LoRA has")
-        column.update({name: rows for name, rows in mixtures.get(task, {}).items() if {r.seed for r in rows} == seeds})
+        whole = {name: rows for name, rows in mixtures.get(task, {}).items() if {row.seed for row in rows} == seeds}
+        if grid.mixtures is not None and MIXTURES[FOREMOST] not in whole:
+            raise ValueError(f"{path}: {MIXTURES[FOREMOST]} on {task} has not all seeds that LoRA has")
+        column.update(whole)
     return tasks
 
 

@@ -9,6 +9,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from utils.llm.layers import decoder_layers
 
+VARIANTS = 8
+"""Of a layer with one adapter, PyTorch's own limit: beyond it runs uncompiled. An ensemble's members have their own."""
+
 
 class CompiledLayers(AbstractContextManager[None]):
     """Inside this context the decoder layers of a model compute by compiled forwards, adapters included.
@@ -28,6 +31,7 @@ class CompiledLayers(AbstractContextManager[None]):
         layers = decoder_layers(model)
         if not layers:
             raise ValueError(f"{type(model).__name__} names no decoder layers to compile: set train.compile=false")
+        torch._dynamo.config.recompile_limit = VARIANTS * max(1, len(getattr(model, "peft_config", ())))
         torch.compiler.reset()  # what a run before in this process has left counts towards the limit of variants
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
 

@@ -147,6 +147,8 @@ def prepare(cfg: DictConfig) -> Run:
     fused = world.device.type == "cuda"
     optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.opt.betas), eps=cfg.opt.eps, fused=fused)
     schedule = schedule_of(cfg, method, len(data.train))
+    if resumed is not None:
+        check_groups(folder, resumed, groups)
     method.start(model, schedule)  # the last that may refuse to go on: results of a run before are still there
     if world.main and begun:
         clear(folder, EVALUATED if resumed else WRITTEN)
@@ -228,6 +230,16 @@ def check_resumed(folder: Path, resumed: dict[str, Any], data: str, base: str) -
     for name, (before, now, remedy) in known.items():
         if before != now:
             raise ValueError(f"{folder} was begun with other {name}: {remedy}, or set overwrite=true to start afresh")
+
+
+def check_groups(folder: Path, resumed: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Refuse a checkpoint whose optimiser has other parameters than ``groups``: ValueError saying so."""
+    before, now = ([len(group["params"]) for group in of] for of in (resumed["optimizer"]["param_groups"], groups))
+    if before != now:
+        raise ValueError(
+            f"{folder} was begun by a version that gives the optimiser other parameters ({before}, not {now}): go on "
+            "with that version, or set overwrite=true to start afresh"
+        )
 
 
 def report_held(cfg: DictConfig, model: Any) -> None:

@@ -342,6 +342,23 @@ def test_resuming_with_another_key_names_it_and_changes_nothing(tmp_path, overri
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_with_other_parameters_of_the_optimiser_is_refused(tmp_path, overrides):
+    """As one of a version that grouped them otherwise; the results of the run are still there."""
+    execute(overrides("method=blob"))
+    path = tmp_path / "run" / "checkpoint"
+    state = load_checkpoint(tmp_path / "run", fingerprint(compose(overrides("method=blob"))))
+    first, second = state["optimizer"]["param_groups"]
+    first["params"] += second["params"]
+    state["optimizer"]["param_groups"] = [first]
+    save_checkpoint(tmp_path / "run", state)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and path not in p.parents}
+    message = failure(overrides("method=blob", "resume=true"))
+    assert "gives the optimiser other parameters ([12], not [8, 4])" in message
+    assert "set overwrite=true" in message
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and path not in p.parents}
+    assert after == before
+
+
 def test_resuming_with_other_examples_is_refused(tmp_path, overrides, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
@@ -913,6 +930,16 @@ def assert_one_line(message: str) -> None:
         ("opt.lr=inf", "opt.lr=inf: expected a finite number above 0"),
         ("method=tfb method.factory.eps=nan", "method.factory.eps=nan: expected a finite number"),
         ("method=blob method.factory.prior_sd=inf", "method.factory.prior_sd=inf: expected a finite number"),
+        ("method=blob_ensemble method.factory.prior_sd=null", "method.factory.prior_sd=None: expected a number"),
+        ("method=sgp_ensemble method.factory.cuda_graph=abc", "cuda_graph=abc: expected true or false"),
+        ("method=sgp_ensemble method.factory.scale_lr_factor=true", "scale_lr_factor=True: expected a number"),
+        ("method=sgp_temperature method.factory.antithetic=3", "method.factory.antithetic=3: expected true or false"),
+        ("method=sgp_ensemble method.factory.members=0", "an ensemble needs members >= 1, got 0"),
+        ("method=blob_ensemble method.factory.members=2.5", "method.factory.members=2.5: expected a whole number"),
+        (
+            "method=ensemble eval.zero_shot=false +peft.layer_replication=[[0,2],[0,2]]",
+            "ensemble shares .*layer_replication",
+        ),
         ("method=sgp_temperature method.factory.draws=0", "method.factory.draws=0 must be a whole number, at least 1"),
         ("method=sgp_temperature method.factory.draws=1.5", "method.factory.draws=1.5 must be a whole number"),
         ("+opt.learning_rate=1", "unknown key opt.learning_rate; see configs$"),

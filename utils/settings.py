@@ -194,7 +194,7 @@ def check_types(cfg: DictConfig, configs: Path) -> None:
             raise ValueError(f"{key}={value}: expected a finite number")
     for group in TYPED:
         for path in sorted((configs / group).glob("*.yaml")):
-            values = _file(path)
+            values = _whole_file(path) if group == "method" else _file(path)
             if group == "method" and values.get("factory", {}).get("_target_") != cfg.method.factory._target_:
                 continue
             for key, example in flat(values, f"{group}.").items():
@@ -218,6 +218,13 @@ def check_added(cfg: DictConfig, configs: Path) -> None:
         values = OmegaConf.select(cfg, prefix[:-1]) if prefix else cfg
         if added := [str(key) for key in values if key not in names]:
             raise ValueError(unknown_key(f"{prefix}{added[0]}", configs))
+
+
+def _whole_file(path: Path) -> dict[str, Any]:
+    """A file over those of its group that its list of defaults names."""
+    own = _file(path)
+    named = [_whole_file(path.with_stem(name)) for name in own.pop("defaults", []) if name != "_self_"]
+    return plain(OmegaConf.merge(*named, own), resolve=False)  # type: ignore[arg-type]  # of mappings
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Method:
         """
         name = self.adapter_name
         if isinstance(model, PeftModel):
+            check_kind(PeftConfig.from_pretrained(str(folder)), self.peft_type, folder)
             model.load_adapter(str(folder), name, is_trainable=True)
             model.set_adapter(name)
         else:
@@ -182,12 +183,17 @@ class Method:
 
 def of_type(loaded: PeftModel, peft_type: str, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """The model; raises ValueError where what was loaded is no adapter of this type, or of a model of other layers."""
-    kind = str(loaded.peft_config[adapter_name].peft_type.value)  # type: ignore[union-attr]
+    check_kind(loaded.peft_config[adapter_name], peft_type, folder)
+    check_layers(loaded, folder, adapter_name)
+    return loaded
+
+
+def check_kind(config: PeftConfig, peft_type: str, folder: str | Path) -> None:
+    """Raise ValueError where an adapter is of another type than the method takes, by PEFT's names for them."""
+    kind = str(config.peft_type.value)  # type: ignore[union-attr]
     if kind != peft_type:
         remedy = "bnn.bayesianize_ makes one of LoRA" if (kind, peft_type) == ("LORA", "SGP_LORA") else "choose another"
         raise ValueError(f"{folder} holds an adapter of type {kind}, and this method takes {peft_type}: {remedy}")
-    check_layers(loaded, folder, adapter_name)
-    return loaded
 
 
 def check_layers(loaded: PeftModel, folder: str | Path, adapter_name: str) -> None:

@@ -18,12 +18,12 @@ class Ensemble(Method):
     """p(y | x) = (1/K) sum_k p_k(y | x) over K adapters on one base model (Lakshminarayanan et al., 2017).
 
     Every member has its own initial A, drawn in turn from PyTorch's global generator by ``adapt``, and is trained by
-    its method on the same batches in the same order: members differ by their initial values (and dropout, and draws),
-    not by the order of the data or by bootstrapping, and independent runs with other seeds differ more. Where members
-    have posteriors q_k, the ensemble's is their mixture q = (1/K) sum_k q_k, each prediction's draws shared out equally
-    (Wilson & Izmailov, NeurIPS 2020). KL[q || p] <= (1/K) sum_k KL[q_k || p] by convexity, so the mean of the members'
-    ELBOs is a bound on the mixture's. The adapters are PEFT's, named ``member0``, ``member1``, ..., and each is what
-    its method saves: PEFT or the method alone loads it.
+    its method on the same batches in the same order: members differ by that A (and dropout, and draws), not by the
+    order of the data or by bootstrapping, and independent runs with other seeds differ more. Where members have
+    posteriors q_k, the ensemble's is their mixture, and a prediction's draws are shared out equally (Wilson & Izmailov,
+    NeurIPS 2020). With k as a latent variable, q(k) = p(k) = 1/K, the mean of the members' ELBOs is its ELBO. The
+    adapters are PEFT's, named ``member0``, ``member1``, ..., and each is what its method saves: PEFT or the method
+    alone loads it.
 
     Args:
         members: K, at least 1.
@@ -34,7 +34,7 @@ class Ensemble(Method):
     """
 
     member: type[Method] = MLE
-    """The members' method: one that finds nothing after training (``fit``)."""
+    """The members' method: one that finds nothing after training (``fit``), and adapts by ``attach``."""
 
     def __init__(self, members: int, **of: Any) -> None:
         if members < 1:
@@ -43,7 +43,6 @@ class Ensemble(Method):
         self.names = list(self.own)
         for name, method in self.own.items():
             method.adapter_name = name
-        self.adapter_name = self.names[0]
         self.stochastic = self.member.stochastic
         self._parameters: dict[str, set[int]] = {}
 
@@ -51,8 +50,11 @@ class Ensemble(Method):
         """See ``Method.adapt``.
 
         Raises:
-            ValueError: for an initialisation that changes the base model: every member would do so to all.
+            ValueError: for what changes the base model, an initialisation or its layers' replication: every member
+                would do so to all.
         """
+        if lora.get("layer_replication"):
+            raise ValueError("an ensemble shares one base model, which peft.layer_replication changes: leave it out")
         start = lora.get("init_lora_weights", True)
         if isinstance(start, str) and start not in KEEPING_BASE:
             raise ValueError(
@@ -144,10 +146,10 @@ class Ensemble(Method):
             method.load_state(model, state.get(name, {}))
 
     def predict(self, model: nn.Module, *args: Any, n: int | None, **kwargs: Any) -> Tensor:
-        """Scores (S, N, C), member by member; member 0 is active afterwards.
+        """Scores (S, N, C), the members' in turn, so that the first of them are shared out too.
 
         S is K for members that are deterministic and for n = None, which takes each one's mean, else n rounded up to a
-        multiple of K.
+        multiple of K. Member 0 is active afterwards.
         """
         each = None if n is None else -(-n // len(self.names))
         results = []
@@ -155,7 +157,7 @@ class Ensemble(Method):
             self._activate(model, name)
             results.append(method.predict(model, *args, n=each, **kwargs))
         self._activate(model, self.names[0])
-        return torch.cat(results)
+        return torch.stack(results, dim=1).flatten(0, 1)
 
     def modes(self, n: int) -> list[int | str]:
         """See ``Method.modes``; K for members that are deterministic, whatever n."""
@@ -164,6 +166,8 @@ class Ensemble(Method):
 
     def _activate(self, model: Any, name: str, alone: bool = False) -> None:
         """Use one member; PEFT freezes those it deactivates, which is undone unless ``alone``: they remain trained."""
+        if alone:
+            model.set_requires_grad(self.names, requires_grad=False)  # PEFT leaves out some of their whole modules
         model.set_adapter(name)
         if not alone:
             model.set_requires_grad(self.names)

@@ -293,8 +293,11 @@ def test_sample_error_refuses_what_it_cannot_use(tmp_path):
     with pytest.raises(ValueError, match=r"unknown key dset\.validation_subst"):
         sample_error.settings(tmp_path / "sgp", ["dset.validation_subst=3"])
     make_run(tmp_path / "mle", "method=mle")
-    with pytest.raises(ValueError, match="method=mle: only sgp has antithetic draws"):
+    with pytest.raises(ValueError, match="method=mle: only sgp has such draws"):
         sample_error.settings(tmp_path / "mle", [])
+    make_run(tmp_path / "ensemble", "method=sgp_ensemble")
+    with pytest.raises(ValueError, match="method=sgp_ensemble: only sgp has such draws"):
+        sample_error.settings(tmp_path / "ensemble", [])
     enough = {"groups": 2, "largest": 2, "partitions": 1}
     for option, least in enough.items():
         with pytest.raises(ValueError, match=f"--{option} {least - 1}: expected {least} or more"):

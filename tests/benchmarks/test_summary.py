@@ -87,6 +87,9 @@ def test_ensembles_of_posteriors_are_in_files_of_their_own_and_need_all_seeds(tm
     read = summary.read(Grid("any", "comparison", mixtures=1), "acc", tmp_path)["cola"]
     assert read.keys() - set(SHOWN) == {"sgp_ensemble"}
     assert summary.read(Grid("any", "comparison"), "acc", tmp_path)["cola"].keys() == set(SHOWN)
+    write_csv(tmp_path / "mixtures" / "times_1_by_acc.csv", found[1:])
+    with pytest.raises(ValueError, match=r"times_1_by_acc\.csv: sgp_ensemble on cola has not all seeds that LoRA has"):
+        summary.read(Grid("any", "comparison", mixtures=1), "acc", tmp_path)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from run_commands import METHODS
 from torch import nn
 from torch._dynamo.utils import counters
 
-from pipeline import training
+from pipeline import compilation, training
 from pipeline.compilation import CompiledLayers
 from pipeline.run import CONFIGS, Run, prepare
 from pipeline.training import accumulate
@@ -59,6 +59,15 @@ def test_gradients_of_traced_layers(command, traced_only, name):
     assert_equal_gradients(run)
     assert not counters["graph_break"]
     assert 0 < counters["stats"]["unique_graphs"] <= 6  # layers share them; an ensemble has its own per member
+
+
+def test_every_member_of_an_ensemble_is_compiled(command, traced_only, monkeypatch):
+    """Each has as many variants of a layer as a single adapter."""
+    monkeypatch.setattr(compilation, "VARIANTS", 2)
+    run = prepare(compose(CONFIGS, command("method=sgp_ensemble", "train.graph_padding=null", "eval.every=none")))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert_equal_gradients(run)
+    assert counters["stats"]["unique_graphs"] > 2
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")

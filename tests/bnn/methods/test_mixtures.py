@@ -6,6 +6,7 @@ from bnn_cases import Rows, score, seeded
 
 from bnn.methods.base import Schedule, trainable
 from bnn.methods.blob_ensemble import BLoBEnsemble
+from bnn.methods.ensemble import Ensemble
 from bnn.methods.sgp_ensemble import SGPEnsemble
 from bnn.sampler import active_factors
 from tests.conftest import perturb
@@ -19,6 +20,7 @@ ARGUMENTS = {
         "cuda_graph": False,
         "posterior": {"inducing_rows": 5, "inducing_cols": 5},
     },
+    Ensemble: {},
     BLoBEnsemble: {"prior_sd": 0.2, "init_eps": 0.05, "kl_lr": 0.01, "gamma": None},
 }
 KINDS = [SGPEnsemble, BLoBEnsemble]
@@ -115,7 +117,7 @@ def test_the_draws_of_a_prediction_are_shared_out_equally(kind, make_llama, ids)
         model.set_adapter(name)
         given = {"generator": generator, "max_tokens_per_forward": 50}
         of_member = alone(kind).predict(model, score, [Rows(ids), Rows(ids[:1])], n=2, **given)
-        assert torch.equal(scores[2 * k : 2 * k + 2], of_member)
+        assert torch.equal(scores[k::K], of_member)
         assert not torch.equal(of_member[0], of_member[1])
         torch.testing.assert_close(means[k, :3], score(model, Rows(ids)).detach().float())
     assert not torch.allclose(means[0], means[1], atol=1e-3)
@@ -156,10 +158,38 @@ def test_every_parameter_is_trained_once_and_state_goes_with_its_member(kind, ma
 
 
 def test_members_of_another_kind_are_refused(make_llama, tmp_path):
-    method = make(BLoBEnsemble, 2)
-    method.save(adapted(method, make_llama()), tmp_path)
+    for kind in KINDS:
+        method = make(kind, 2)
+        method.save(adapted(method, make_llama()), tmp_path / kind.__name__)
     with pytest.raises(ValueError, match="holds an adapter of type LORA, and this method takes SGP_LORA"):
-        make(SGPEnsemble, 2).load(make_llama(), tmp_path)
+        make(SGPEnsemble, 2).load(make_llama(), tmp_path / "BLoBEnsemble")
+    (tmp_path / "SGPEnsemble" / "member1").rename(tmp_path / "other")
+    (tmp_path / "BLoBEnsemble" / "member1").rename(tmp_path / "SGPEnsemble" / "member1")
+    with pytest.raises(ValueError, match="member1 holds an adapter of type LORA, and this method takes SGP_LORA"):
+        make(SGPEnsemble, 2).load(make_llama(), tmp_path / "SGPEnsemble")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 2]}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Ensemble, *KINDS])
+def test_what_is_trained_beside_the_factors_is_each_members_own(kind, option, make_llama, ids, tmp_path):
+    method = make(kind)
+    torch.manual_seed(0)
+    model = method.adapt(make_llama(), LORA | option)
+    before = [own(model, name) for name in method.names]
+    train(method, model, ids, steps=2)
+    after = [own(model, name) for name in method.names]
+    beside = [n for n in before[0] if "lora_" not in n]
+    assert beside
+    assert all(not torch.equal(before[k][n], after[k][n]) for k in range(K) for n in beside)
+    assert all(not torch.equal(after[0][n], after[1][n]) for n in beside)
+    method.save(model, tmp_path)
+    again = make(kind)
+    loaded = again.load(make_llama(), tmp_path)
+    torch.testing.assert_close(predict(again, loaded, ids, None), predict(method, model, ids, None))
 
 
 def test_the_sampler_of_every_member_draws_its_own_factors(make_llama):
