@@ -62,7 +62,7 @@ class Grid(NamedTuple):
     stopping: int | None = None
     """The times of a task's epochs, where every method may stop early: what that changes is in files of its own."""
     mixtures: int | None = None
-    """The times of a task's epochs, where there are ensembles of posteriors: in files of their own, SGP-LoRA's whole."""
+    """The times of a task's epochs, where there are ensembles of posteriors (of SGP-LoRA's all): files of their own."""
 
 
 Found = Mapping[tuple[Grid, str], dict[str, Column]]
