@@ -34,7 +34,7 @@ class Ensemble(Method):
     """
 
     member: type[Method] = MLE
-    """The members' method: one that finds nothing after training (``fit``), and adapts by ``attach``."""
+    """The members' method: one that adapts by ``attach`` and has neither a ``state`` nor anything to ``fit``."""
 
     def __init__(self, members: int, **of: Any) -> None:
         if members < 1:
@@ -135,15 +135,6 @@ class Ensemble(Method):
         """See ``Method.after_step``."""
         for method in self.own.values():
             method.after_step(model, step, rate)
-
-    def state(self, model: nn.Module) -> dict[str, Any]:
-        """That of every member, by name."""
-        return {name: method.state(model) for name, method in self.own.items()}
-
-    def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """See ``Method.load_state``."""
-        for name, method in self.own.items():
-            method.load_state(model, state.get(name, {}))
 
     def predict(self, model: nn.Module, *args: Any, n: int | None, **kwargs: Any) -> Tensor:
         """Scores (S, N, C), the members' in turn, so that the first of them are shared out too.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bnn_cases import Rows, score, seeded
+from safetensors.torch import load_file
 
 from bnn.methods.base import Schedule, trainable
 from bnn.methods.blob_ensemble import BLoBEnsemble
@@ -146,15 +147,23 @@ def test_saved_and_loaded_it_predicts_alike_and_so_does_each_member_alone(kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_is_trained_once_and_state_goes_with_its_member(kind, make_llama):
+def test_a_members_folder_has_what_its_method_saves_alone(kind, make_llama, tmp_path):
+    method, single = make(kind), alone(kind)
+    method.own["member1"].save(adapted(method, make_llama()), tmp_path / "of")
+    single.save(adapted(single, make_llama()), tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "of").iterdir() if path.is_dir()] == ["member1"]
+    for path in (tmp_path / "alone").glob("*.safetensors"):
+        assert load_file(tmp_path / "of" / "member1" / path.name).keys() == load_file(path).keys() != set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_trained_once(kind, make_llama):
     method = make(kind)
     model = adapted(method, make_llama())
     groups = method.parameter_groups(model, lr=0.01, weight_decay=0.0)
     updated = [p for group in groups for p in group["params"]]
     assert len({id(p) for p in updated}) == len(updated)
     assert sum(p.numel() for p in updated) == sum(p.numel() for _, p in trainable(model))
-    assert method.state(model).keys() == set(method.names)
-    method.load_state(model, method.state(model))
 
 
 def test_members_of_another_kind_are_refused(make_llama, tmp_path):
