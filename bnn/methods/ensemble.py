@@ -143,10 +143,8 @@ class Ensemble(Method):
         multiple of K. Member 0 is active afterwards.
         """
         each = None if n is None else -(-n // len(self.names))
-        results = []
-        for name, method in self.own.items():
-            self._activate(model, name)
-            results.append(method.predict(model, *args, n=each, **kwargs))
+        each_active = zip(self.own.values(), self.members(model), strict=True)
+        results = [method.predict(model, *args, n=each, **kwargs) for method, _ in each_active]
         self._activate(model, self.names[0])
         return torch.stack(results, dim=1).flatten(0, 1)
 
